@@ -62,6 +62,7 @@ class RecipeSettings:
     warmup: int = 0                  # steps of linear warm-up
     clip: float = 0.0                # largest norm of the gradient; 0: no clipping, as published
     batch_size: int = 16             # studies a step, over all devices
+    device_batch: int = 4            # studies at once on a device, as published (BatchNorm sees so many); the rest by accumulation
     epochs: int = 100                # at most; early stopping ends most runs long before
     patience: int = 10               # epochs without a better validation CIDEr before training stops
     min_delta: float = 1e-4          # what counts as better
@@ -99,7 +100,7 @@ DEMO = Task(
     model="small", beams=4, max_length=96,
     encoder_lr=1.5e-3, lr=1.5e-3,  # from scratch, so one high rate for all
     schedule="cosine", warmup=100, clip=1.0,
-    batch_size=16,       # more, smaller steps learn more in the same minutes
+    batch_size=16, device_batch=16, # more, smaller steps learn more in the same minutes
     epochs=14, val_beams=1, precision="fp32", workers=0)
 
 # %% ../nbs/00a_tasks.ipynb #00a-022
@@ -142,7 +143,7 @@ def _check_names(names, known) -> None:
 # %% ../nbs/00a_tasks.ipynb #00a-029
 CHOICES = dict(profile=("chen", "r2gen", "raw"), style=("mimic_cxr", "iu_x_ray"), model=("full", "small"),
                recipe=tuple(RECIPES), schedule=("constant", "linear", "cosine"), precision=("fp16", "bf16", "fp32"))
-POSITIVE = ("views", "n_train", "n_val", "n_test", "image_size", "beams", "batch_size", "epochs", "patience", "val_beams")
+POSITIVE = ("views", "n_train", "n_val", "n_test", "image_size", "beams", "batch_size", "device_batch", "epochs", "patience", "val_beams")
 
 def check_task(task: Task) -> Task: # the same
     "Refuse values that no run could use; raises `ValueError` that names all of them."
@@ -189,7 +190,7 @@ def task_parameters(
 ) -> Task:
     "Make the task that a notebook's parameters describe; raises as `get_task`, and for unknown parameters."
     plain = (str, int, float, bool, list, dict, tuple, type(None))
-    given = {n: v for n, v in names.items() if not n.startswith("_") and n not in ("In", "Out") and isinstance(v, plain)}
+    given = {n: v for n, v in names.items() if n.islower() and not n.startswith("_") and isinstance(v, plain)}
     known = {f.name for f in fields(Task)} - {"name", "source"}
     _check_names(given, known | {"task", *extra})
     return get_task(given["task"], **{n: v for n, v in given.items() if n in known})
