@@ -46,11 +46,12 @@ def train_tokenizer(
 # %% ../nbs/01b_decoder.ipynb #01b-016
 def load_tokenizer(
     source: str | Path, # hub name, folder of a saved tokenizer, or folder of OpenAI's `encoder.json` and `vocab.bpe`
+    **hub,              # what `from_pretrained` takes of the hub: revision, token, ...
 ) -> GPT2Tokenizer:
     "Load a GPT-2 tokenizer and give it the special tokens of a report; raises `OSError` where there is none."
     if (Path(source) / "encoder.json").is_file():
         tokenizer = GPT2Tokenizer(vocab=str(Path(source) / "encoder.json"), merges=str(Path(source) / "vocab.bpe"))
-    else: tokenizer = AutoTokenizer.from_pretrained(source)
+    else: tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     return add_special_tokens(tokenizer)
 
 # %% ../nbs/01b_decoder.ipynb #01b-023
@@ -89,7 +90,9 @@ def decoder_config(
     vocab_size: int = 50259, # tokens; the last three are `EOS`, `BOS` and `PAD`
     **sizes,                 # fields of `GPT2Config` that differ from DistilGPT2's
 ) -> GPT2Config:
-    "Describe a GPT-2 with cross-attention."
+    "Describe a GPT-2 with cross-attention; raises `TypeError` for a size that GPT-2 does not have."
+    unknown = sizes.keys() - GPT2Config.__dataclass_fields__.keys()
+    if unknown: raise TypeError(f"GPT-2 has no {', '.join(sorted(unknown))}")
     settings = {"n_layer": 6, "n_embd": 768, "n_head": 12, "add_cross_attention": True, **sizes}
     return GPT2Config(vocab_size=vocab_size, eos_token_id=vocab_size - 3, bos_token_id=vocab_size - 2,
         pad_token_id=vocab_size - 1, **settings)
