@@ -6,7 +6,7 @@
 __all__ = ['HUB_ARGUMENTS', 'RELEASED_NAMES', 'UNUSED', 'CvT2DistilGPT2Config', 'ViewEncoder', 'token_mask', 'report_loss',
            'ReportImageProcessor', 'card_text', 'model_card', 'save_companions', 'load_companions', 'Portable',
            'ModelParts', 'ReportModel', 'read_dicom', 'read_image', 'study_batch', 'Inert', 'TensorUnpickler',
-           'read_checkpoint', 'from_released_names', 'CvT2DistilGPT2', 'write_reports']
+           'read_checkpoint', 'from_released_names', 'CvT2DistilGPT2', 'write_reports', 'warm_start', 'load_released']
 
 # %% ../nbs/01d_model.ipynb #01d-002
 import re
@@ -158,9 +158,12 @@ def save_companions(
 def load_companions(
     model: "Portable",
     source: str | Path, # hub name or folder
+    info: dict,         # what `transformers` found when it loaded the weights
     **hub,              # revision, token, ...
 ):
-    "Give `model` the image processor and the tokenizer that lie in `source`."
+    "Give `model` the image processor and the tokenizer of `source`; raises `ValueError` if its weights were not those of `model`."
+    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
+    if wrong: raise ValueError(f"{source} does not fit the model: {wrong}")
     has = lambda name: cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
     if has("preprocessor_config.json"): model.image_processor = ReportImageProcessor.from_pretrained(source, **hub)
     if has("tokenizer_config.json"): model.tokenizer = load_tokenizer(source, **hub)
@@ -171,30 +174,30 @@ class Portable(PreTrainedModel):
     _tokenizer = None
 
     @property
-    def tokenizer(self) -> GPT2Tokenizer | None:
+    def tokenizer(self) -> GPT2Tokenizer | None: # set it to a tokenizer, or to where one is found
         if isinstance(self._tokenizer, (str, Path)): self.tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
 
     @tokenizer.setter
-    def tokenizer(self, tokenizer: GPT2Tokenizer | str | Path | None): # itself, or where to find it
+    def tokenizer(self, tokenizer: GPT2Tokenizer | str | Path | None):
         if isinstance(tokenizer, GPT2Tokenizer) and len(tokenizer) != self.config.decoder.vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {self.config.decoder.vocab_size}")
         self._tokenizer = tokenizer
 
-    def save_pretrained(self, save_directory: str | Path, *args, card: dict | None = None, is_main_process: bool = True, **kwargs):
+    def save_pretrained(self, folder: str | Path, *args, card: dict | None = None, is_main_process: bool = True, **kwargs):
+        "Save the model and all it carries; `card` says what is known of it: data, recipe, scores, limits."
         if card is not None: self.config.card = card
-        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
-        if is_main_process: save_companions(self, save_directory)
+        super().save_pretrained(folder, *args, is_main_process=is_main_process, **kwargs)
+        if is_main_process: save_companions(self, folder)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *args, output_loading_info: bool = False, **kwargs):
+        "Load a saved model from a folder or the hub; raises `ValueError` that lists weights that are missing or unexpected."
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
-        if wrong: raise ValueError(f"{source} does not fit the model: {wrong}")
-        load_companions(model, source, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
+        load_companions(model, source, info, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
         return (model, info) if output_loading_info else model
 
-# %% ../nbs/01d_model.ipynb #01d-033
+# %% ../nbs/01d_model.ipynb #01d-035
 class ModelParts(Portable):
     "Encoder, projection and decoder."
     config_class = CvT2DistilGPT2Config
@@ -218,10 +221,11 @@ class ModelParts(Portable):
 
     def get_output_embeddings(self): return self.decoder.get_output_embeddings()
 
-    def encode(self, pixel_values: Tensor, view_mask: Tensor | None = None) -> Tensor: # visual tokens (B, V*N, width)
+    def encode(self, pixel_values: Tensor, view_mask: Tensor | None = None) -> Tensor: # (B, V*N, width)
+        "Turn images, (B, 3, H, W) or (B, V, 3, H, W), into visual tokens; `view_mask` (B, V) says which views are real."
         return self.projection(self.encoder(pixel_values.to(self.dtype), view_mask))
 
-# %% ../nbs/01d_model.ipynb #01d-037
+# %% ../nbs/01d_model.ipynb #01d-039
 class ReportModel(ModelParts):
     "From the views of a study and the beginning of its report to the next token."
     def forward(self,
@@ -233,7 +237,8 @@ class ReportModel(ModelParts):
         encoder_outputs: BaseModelOutput | None = None, # visual tokens (B, N, width) from `encode`, instead of images
         num_items_in_batch: Tensor | int | None = None, # see `report_loss`
         **kwargs,                                       # for the decoder: its cache, `output_attentions`, ...
-    ) -> Seq2SeqLMOutput:
+    ) -> Seq2SeqLMOutput: # loss (where there are labels), logits (B, T, vocabulary), cache
+        "Predict the next token at each place of a report."
         if encoder_outputs is None: encoder_outputs = BaseModelOutput(self.encode(pixel_values, view_mask))
         tokens = encoder_outputs[0]
         if labels is not None: kwargs.setdefault("use_cache", False)
@@ -244,7 +249,7 @@ class ReportModel(ModelParts):
         return Seq2SeqLMOutput(loss=loss, logits=out.logits, encoder_last_hidden_state=tokens,
             decoder_hidden_states=out.hidden_states, cross_attentions=out.cross_attentions, **cache)
 
-# %% ../nbs/01d_model.ipynb #01d-041
+# %% ../nbs/01d_model.ipynb #01d-043
 def read_dicom(
     path: str | Path, # of a file with one frame
 ) -> Image.Image:     # 8-bit: mode "L", or "RGB" where the file is in colour
@@ -268,7 +273,7 @@ def read_image(
     if not isinstance(image, (str, Path)): raise TypeError(f"an image is a picture, an array or a path, not {type(image).__name__}")
     return read_dicom(image) if Path(image).is_file() and is_dicom(image) else open_image(image)
 
-# %% ../nbs/01d_model.ipynb #01d-043
+# %% ../nbs/01d_model.ipynb #01d-045
 def study_batch(
     studies: list,                    # of images, or of lists of images
     processor: ReportImageProcessor,
@@ -281,7 +286,7 @@ def study_batch(
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
     return {"pixel_values": pad(pixels), "view_mask": pad(mask)}
 
-# %% ../nbs/01d_model.ipynb #01d-047
+# %% ../nbs/01d_model.ipynb #01d-049
 class Inert:
     "Stand for whatever a checkpoint holds besides tensors, and do nothing."
     def __new__(cls, *args, **kwargs): return object.__new__(cls)
@@ -300,7 +305,7 @@ class TensorUnpickler(Unpickler):
         plain = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("collections", "OrderedDict")}
         return super().find_class(module, name) if (module, name) in plain else Inert
 
-# %% ../nbs/01d_model.ipynb #01d-048
+# %% ../nbs/01d_model.ipynb #01d-050
 def read_checkpoint(
     path: str | Path, # of a Lightning checkpoint
 ) -> dict[str, Tensor]: # its `state_dict`
@@ -317,7 +322,7 @@ def read_checkpoint(
         raise ValueError(f"the state_dict of {path} does not hold tensors alone")
     return dict(state)
 
-# %% ../nbs/01d_model.ipynb #01d-052
+# %% ../nbs/01d_model.ipynb #01d-054
 RELEASED_NAMES = {"encoder_projection.projection.": "projection.", "decoder.encoder_decoder.decoder.": "decoder."}
 UNUSED = re.compile(r"encoder\.cvt\.(norm|head)\.|.*\.h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
 
@@ -332,34 +337,31 @@ def from_released_names(
         return name
     return {rename(name): tensor for name, tensor in weights.items() if not UNUSED.match(name)}
 
-# %% ../nbs/01d_model.ipynb #01d-056
+# %% ../nbs/01d_model.ipynb #01d-058
 class CvT2DistilGPT2(ReportModel, GenerationMixin):
     "Writes the report of a chest X-ray study (Nicolson et al., 2023)."
+    @torch.no_grad()
     def generate(self, pixel_values: Tensor | None = None, view_mask: Tensor | None = None,
                  encoder_outputs: BaseModelOutput | None = None, **kwargs) -> Tensor: # ids (B, T), [BOS] first
-        with torch.no_grad():
-            if encoder_outputs is None: encoder_outputs = BaseModelOutput(self.encode(pixel_values, view_mask))
-            return super().generate(encoder_outputs=encoder_outputs, view_mask=view_mask, **kwargs)
+        "Generate as `transformers` does, from images or from visual tokens (`encoder_outputs`)."
+        if encoder_outputs is None: encoder_outputs = BaseModelOutput(self.encode(pixel_values, view_mask))
+        return super().generate(encoder_outputs=encoder_outputs, view_mask=view_mask, **kwargs)
 
-    def report(self, studies: list, num_beams: int = 4, **kwargs) -> list[str]: # see `write_reports`
+    def report(self, studies: list, num_beams: int = 4, **kwargs) -> list[str]:
+        "Write a report for each study, which is an image or a list of its views: pictures, arrays, or paths, also of DICOM files."
         return write_reports(self, studies, num_beams=num_beams, **kwargs)
 
     @classmethod
     def from_warm_start(cls, encoder: str | Path = "microsoft/cvt-21-384-22k", decoder: str | Path = "distilgpt2", tokenizer=None):
-        tokenizer = load_tokenizer(tokenizer or decoder)
-        cvt, decoder = load_cvt(encoder), load_decoder(decoder, tokenizer)
-        model = cls(CvT2DistilGPT2Config(encoder=cvt.config, decoder=decoder.config), cvt, decoder)
-        model.tokenizer = tokenizer
-        return model.eval()
+        "Start from a CvT and a GPT-2 by hub name, folder or Microsoft's `.pth`; see `warm_start`."
+        return warm_start(cls, encoder, decoder, tokenizer or decoder)
 
     @classmethod
     def from_released(cls, path: str | Path, tokenizer: str | Path | GPT2Tokenizer = "distilgpt2", config=None):
-        model = cls(config or CvT2DistilGPT2Config())  # the published sizes
-        load_exactly(model, from_released_names(read_checkpoint(path)), path)
-        model.tokenizer = tokenizer
-        return model.eval()
+        "Load the authors' Lightning checkpoint; see `load_released`."
+        return load_released(cls, path, tokenizer, config)
 
-# %% ../nbs/01d_model.ipynb #01d-057
+# %% ../nbs/01d_model.ipynb #01d-059
 def write_reports(
     model: CvT2DistilGPT2,
     studies: list, # an entry a study: an image, or a list of its views; see `read_image`
@@ -373,6 +375,35 @@ def write_reports(
     try: return decode_reports(model.tokenizer, model.eval().generate(**batch, **kwargs))
     finally: model.train(training)
 
+# %% ../nbs/01d_model.ipynb #01d-060
+def warm_start(
+    cls: type[CvT2DistilGPT2],
+    encoder: str | Path,                   # hub name, folder of a `transformers` CvT, or Microsoft's `.pth`
+    decoder: str | Path,                   # hub name or folder of a GPT-2
+    tokenizer: str | Path | GPT2Tokenizer, # itself, or where it is found
+) -> CvT2DistilGPT2: # projection and cross-attention are random; ready for inference
+    "Join a CvT and a GPT-2; raises as `load_cvt`, `load_decoder` and `load_tokenizer` do."
+    if isinstance(tokenizer, (str, Path)): tokenizer = load_tokenizer(tokenizer)
+    cvt, decoder = load_cvt(encoder), load_decoder(decoder, tokenizer)
+    model = cls(CvT2DistilGPT2Config(encoder=cvt.config, decoder=decoder.config), cvt, decoder)
+    model.tokenizer = tokenizer
+    return model.eval()
 
+# %% ../nbs/01d_model.ipynb #01d-061
+def load_released(
+    cls: type[CvT2DistilGPT2],
+    path: str | Path,                      # the authors' `.ckpt`
+    tokenizer: str | Path | GPT2Tokenizer, # itself, or where it is found once text is asked for
+    config: CvT2DistilGPT2Config | None,   # None: the published sizes
+) -> CvT2DistilGPT2: # ready for inference
+    "Load a released checkpoint; raises `ValueError` if it is damaged, or listing the keys that do not fit."
+    model, weights = cls(config or CvT2DistilGPT2Config()), from_released_names(read_checkpoint(path))
+    load_exactly(model, weights, path)
+    if not torch.equal(weights["decoder.lm_head.weight"], weights["decoder.transformer.wte.weight"]):
+        raise ValueError(f"{path} has a head that differs from its embedding, though the two are one tensor")
+    model.tokenizer = tokenizer
+    return model.eval()
+
+# %% ../nbs/01d_model.ipynb #01d-063
 AutoConfig.register("cvt2distilgpt2", CvT2DistilGPT2Config, exist_ok=True)
 AutoModel.register(CvT2DistilGPT2Config, CvT2DistilGPT2, exist_ok=True)
