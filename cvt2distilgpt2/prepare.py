@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 from . import phantom
 from .tasks import SPLITS, DataError, Problem, Study, Task, get_task, open_task, read_annotation, write_annotation
@@ -154,9 +155,10 @@ def _clear_other(task: Task) -> None:
 
 # %% ../nbs/00c_prepare.ipynb #00c-036
 def _map_processes(f, items: list, text: str) -> list:
-    "Map over all cores under a progress bar."
+    "Map over all cores under a progress bar; a process has one thread, since more would only get in each other's way."
     context = get_context("fork" if sys.platform == "linux" else None) # forked processes need not import anything again
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(items)), context) as pool:
+    workers = min(os.cpu_count() or 1, len(items))
+    with ProcessPoolExecutor(workers, context, initializer=threadpool_limits, initargs=(1,)) as pool:
         return list(tqdm(pool.map(f, items, chunksize=8), text, len(items), unit=" phantoms", leave=False))
 
 def draw_demo(
