@@ -119,8 +119,8 @@ def load_decoder(
     try: model, found = GPT2LMHeadModel.from_pretrained(source, config=config, output_loading_info=True)
     finally: logging.set_verbosity(verbosity)
     missing = sorted(name for name in found["missing_keys"] if not is_cross_attention(name) and name != "lm_head.weight")
-    if missing or found["unexpected_keys"]:
-        raise ValueError(f"{source} is not a GPT-2: missing {missing}, unexpected {sorted(found['unexpected_keys'])}")
+    unexpected = sorted(name for name in found["unexpected_keys"] if not name.endswith(".masked_bias"))  # older files have masks
+    if missing or unexpected: raise ValueError(f"{source} is not a GPT-2: missing {missing}, unexpected {unexpected}")
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for name in ("bos", "eos", "pad"): setattr(model.config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
     return model.eval()

@@ -1,0 +1,442 @@
+"CvT2DistilGPT2 against a plain composition of transformers' parts, against hostile files, and with images of every kind."
+import functools
+import os
+import subprocess
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+from safetensors.torch import load_file, save_file
+from torchvision.transforms import v2
+from transformers import CvtConfig, CvtForImageClassification, CvtModel, GPT2LMHeadModel
+from transformers.activations import QuickGELUActivation
+
+from cvt2distilgpt2.decoder import decoder_config, load_tokenizer, tokenize_reports, train_tokenizer
+from cvt2distilgpt2.encoder import CvTConfig, count_parameters
+from cvt2distilgpt2.model import RELEASED_NAMES, CvT2DistilGPT2, CvT2DistilGPT2Config, ReportImageProcessor, model_card, read_checkpoint, read_dicom
+from cvt2distilgpt2.model import read_image, study_batch
+
+torch.set_num_threads(1)
+DATA = os.environ.get("CVT2DISTILGPT2_TEST_DATA")
+REPORTS = ["The heart is enlarged. There is a small left effusion.", "No focal consolidation, effusion or pneumothorax."]
+
+
+def shake(module, by, seed=0):
+    "Add noise to every number of `module`, running statistics among them."
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in module.state_dict().items():
+        if "running_var" in name: tensor.uniform_(0.5, 2, generator=generator)
+        elif tensor.is_floating_point(): tensor.add_(by * torch.randn(tensor.shape, generator=generator))
+    return module.eval()
+
+
+@functools.cache
+def tokenizer():
+    return train_tokenizer(REPORTS * 3, 320)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    sizes = CvTConfig(widths=(8, 16, 24), heads=(1, 2, 3), depths=(1, 1, 2))
+    config = CvT2DistilGPT2Config(encoder=sizes, decoder=decoder_config(320, n_layer=2, n_embd=32, n_head=2, n_positions=64))
+    model = shake(CvT2DistilGPT2(config), 0.3)
+    model.tokenizer, model.image_processor = tokenizer(), ReportImageProcessor(72, 64)
+    return model
+
+
+def plain_parts(cvt, language, folder):
+    "Ours, started warm from two saved parts of transformers and shaken, and a decoder with the same numbers."
+    for module in cvt.modules():
+        if type(module).__name__ == "CvtIntermediate": module.activation = QuickGELUActivation()
+    cvt.save_pretrained(folder / "cvt")
+    language.save_pretrained(folder / "gpt2")
+    return cvt
+
+
+def compare(ours, cvt, images, ids, tokens):
+    "Assert that logits, greedy tokens and beam-4 tokens are those of transformers' parts, one after the other."
+    decoder = GPT2LMHeadModel(ours.decoder.config).eval()
+    decoder.load_state_dict(ours.decoder.state_dict())
+    maps = [getattr(cvt, "cvt", cvt)(view).last_hidden_state.flatten(2).transpose(1, 2) for view in images.unbind(1)]
+    visual = torch.cat(maps, 1) @ ours.projection.weight.T
+    expected = decoder(ids, encoder_hidden_states=visual).logits
+    assert (ours(images, decoder_input_ids=ids).logits - expected).abs().max() < 1e-4
+    start = torch.full((len(images), 1), ours.config.bos_token_id)
+    settings = {"max_length": tokens, "pad_token_id": ours.config.pad_token_id}
+    for beams in (1, 4):
+        plain = decoder.generate(start, encoder_hidden_states=visual, num_beams=beams, use_cache=False,
+            attention_mask=torch.ones_like(start), **settings)
+        assert torch.equal(ours.generate(images, num_beams=beams, **settings), plain)
+        assert torch.equal(ours.generate(images, num_beams=beams, use_cache=False, **settings), plain)
+    return plain
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("views", [1, 2])
+def test_small_model_is_the_plain_composition(views, tmp_path):
+    torch.manual_seed(0)
+    cvt = shake(CvtModel(CvtConfig(embed_dim=(16, 32, 48), num_heads=(1, 2, 3), depth=(1, 2, 3))), 0.1)
+    language = GPT2LMHeadModel(decoder_config(318, n_layer=3, n_embd=64, n_head=4, add_cross_attention=False))
+    plain_parts(cvt, language, tmp_path)
+    ours = CvT2DistilGPT2.from_warm_start(tmp_path / "cvt", tmp_path / "gpt2", tokenizer())
+    shake(ours.decoder, 0.3)
+    written = compare(ours, cvt, torch.randn(4, views, 3, 96, 96), torch.randint(0, 256, (4, 30)), tokens=40)
+    assert len(set(map(tuple, written.tolist()))) == 4  # the reports depend on the images
+
+
+@torch.no_grad()
+def test_full_size_model_is_the_plain_composition(tmp_path):
+    torch.manual_seed(0)
+    cvt = shake(CvtForImageClassification(CvtConfig(depth=(1, 4, 16), num_labels=1000)), 0.05)
+    plain_parts(cvt, GPT2LMHeadModel(decoder_config(318, add_cross_attention=False)), tmp_path)
+    ours = CvT2DistilGPT2.from_warm_start(tmp_path / "cvt", tmp_path / "gpt2", tokenizer())
+    ours.decoder.resize_token_embeddings(50259, mean_resizing=False)  # as many as the published model has
+    assert count_parameters(ours) == 127_629_376
+    shake(ours.decoder, 0.02)
+    compare(ours, cvt, torch.randn(1, 1, 3, 384, 384), torch.randint(0, 50000, (1, 20)), tokens=10)
+
+
+def test_published_parameter_counts():
+    with torch.device("meta"): model = CvT2DistilGPT2(CvT2DistilGPT2Config())
+    assert count_parameters(model) == 127_629_376
+    assert count_parameters(model) + 2 * 384 + 384 * 1000 + 1000 == 128_015_144  # with the unused norm and classifier
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_warm_start_from_microsofts_file(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    from cvt2distilgpt2 import encoder
+    config = CvTConfig(widths=(8, 16, 24), heads=(1, 2, 3), depths=(1, 1, 2))
+    monkeypatch.setitem(encoder.CVT_CONFIGS, "tiny", config)
+    source = shake(encoder.CvT(config), 0.1)
+    torch.save(source.state_dict(), tmp_path / "CvT.pth")
+    GPT2LMHeadModel(decoder_config(318, n_layer=1, n_embd=32, n_head=2, add_cross_attention=False)).save_pretrained(tmp_path / "gpt2")
+    tokenizer().save_pretrained(tmp_path / "gpt2")
+    model = CvT2DistilGPT2.from_warm_start(tmp_path / "CvT.pth", tmp_path / "gpt2")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.encoder.cvt.forward_features(images), source.forward_features(images))
+    assert len(model.tokenizer) == 320 and not model.training
+
+
+# --- generating -------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_cached_logits_are_the_uncached(model):
+    images, ids = torch.randn(3, 2, 3, 64, 64), torch.randint(0, 256, (3, 12))
+    whole, cache, steps = model(images, decoder_input_ids=ids).logits, None, []
+    for i in range(12):
+        out = model(images, decoder_input_ids=ids[:, i:i + 1], use_cache=True, **({"cache" if "cache" in out.keys() else "past_key_values": cache} if cache else {}))
+        cache = next(value for name, value in out.items() if name in ("cache", "past_key_values"))
+        steps.append(out.logits)
+    assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-4)
+
+
+@torch.no_grad()
+def test_empty_views_change_nothing(model):
+    images, ids = torch.randn(4, 3, 3, 64, 64), torch.randint(0, 256, (4, 9))
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    together, settings = model(images, mask, decoder_input_ids=ids).logits, {"max_length": 20, "num_beams": 4}
+    written = model.generate(images, mask, **settings)
+    for i, real in enumerate(mask):
+        assert torch.allclose(model(images[i:i + 1, real], decoder_input_ids=ids[i:i + 1]).logits, together[i:i + 1], atol=1e-4)
+        alone = model.generate(images[i:i + 1, real], **settings)
+        assert torch.equal(written[i:i + 1, :alone.shape[1]], alone)
+    images[~mask] = torch.nan  # what stands in an empty view does not matter
+    assert torch.equal(model(images, mask, decoder_input_ids=ids).logits, together)
+
+
+def test_empty_views_do_not_reach_the_statistics(model):
+    images = torch.randn(2, 2, 3, 64, 64)
+    mask = torch.tensor([[True, True], [True, False]])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    seen = []
+    for junk in (0.0, 1e6):
+        model.load_state_dict(state)
+        images[1, 1] = junk
+        model.train().encode(images, mask)
+        seen.append(model.encoder.cvt.stage0.blocks[0].attn.conv_proj_q.bn.running_mean.clone())
+    assert torch.equal(*seen) and not torch.equal(seen[0], state["encoder.cvt.stage0.blocks.0.attn.conv_proj_q.bn.running_mean"])
+    with pytest.raises(ValueError, match="no view"): model.encode(images, torch.zeros(2, 2).bool())
+
+
+def test_generation_ends_and_pads(model):
+    with torch.no_grad(): model.decoder.transformer.ln_f.weight.zero_()  # every step gives the same logits
+    model.decoder.transformer.ln_f.bias.data = model.decoder.transformer.wte.weight[model.config.eos_token_id].detach() * 10
+    ids = model.generate(torch.randn(2, 3, 64, 64), max_length=10)
+    assert ids.tolist() == [[318, 317]] * 2
+    assert model.generation_config.max_length == 128
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+def test_loss_is_the_mean_over_tokens_also_over_several_batches(model):
+    text, images = tokenize_reports(tokenizer(), REPORTS), torch.randn(2, 3, 64, 64)
+    whole = model(images, **text)
+    logits, labels = whole.logits[text["labels"] != -100], text["labels"][text["labels"] != -100]
+    assert torch.allclose(whole.loss, torch.nn.functional.cross_entropy(logits, labels))
+    parts = [model(images[i:i + 1], **{name: t[i:i + 1] for name, t in text.items()}, num_items_in_batch=len(labels)).loss for i in range(2)]
+    assert torch.allclose(sum(parts), whole.loss)
+
+
+def test_gradients_reach_everything_with_and_without_checkpointing(model):
+    text, images, gradients = tokenize_reports(tokenizer(), REPORTS), torch.randn(2, 3, 64, 64), []
+    for checkpointing in (False, True):
+        if checkpointing: getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        model.train().zero_grad()
+        torch.manual_seed(0)  # of the dropout
+        model(images, **text).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert all(g.abs().sum() > 0 for name, g in gradients[0].items() if not name.endswith("proj_k.bias"))  # which softmax cancels
+    for name, g in gradients[0].items(): assert torch.allclose(g, gradients[1][name], atol=1e-4 * g.abs().max().item() + 1e-6), name
+
+
+def test_bfloat16(model):
+    low = model.to(torch.bfloat16)
+    assert low.generate(torch.randn(1, 3, 64, 64), max_length=8, num_beams=2).shape[0] == 1
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+def test_saved_is_loaded(model, tmp_path):
+    images, ids = torch.randn(2, 2, 3, 64, 64), torch.randint(0, 256, (2, 9))
+    model.save_pretrained(tmp_path, max_shard_size="50KB", card={"data": "phantoms", "limits": ["none known"]})
+    loaded = CvT2DistilGPT2.from_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 and not list(tmp_path.glob("*.bin"))
+    assert torch.equal(loaded(images, decoder_input_ids=ids).logits, model(images, decoder_input_ids=ids).logits)
+    assert torch.equal(loaded.generate(images, num_beams=4, max_length=20), model.generate(images, num_beams=4, max_length=20))
+    assert loaded.decoder.lm_head.weight is loaded.decoder.transformer.wte.weight
+    assert vars(loaded.image_processor).items() >= vars(model.image_processor).items()
+    assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab() and loaded.config.encoder == model.config.encoder
+    assert "phantoms" in (tmp_path / "README.md").read_text() and loaded.config.card == {"data": "phantoms", "limits": ["none known"]}
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("how", ["missing", "unexpected", "another shape"])
+def test_saved_weights_that_do_not_fit(model, how, tmp_path):
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if how == "missing": del weights["projection.weight"]
+    if how == "unexpected": weights["projection.bias"] = torch.zeros(32)
+    if how == "another shape": weights["projection.weight"] = torch.zeros(32, 25)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match="projection|mismatched"): CvT2DistilGPT2.from_pretrained(tmp_path)
+
+
+def test_configuration_refuses_what_it_does_not_know(model):
+    with pytest.raises(TypeError, match="widht"): CvT2DistilGPT2Config(widht=3)
+    with pytest.raises(TypeError, match="depth"): CvT2DistilGPT2Config(encoder={"depth": 3})
+    assert CvT2DistilGPT2Config.from_dict(model.config.to_dict()).to_dict() == model.config.to_dict()
+
+
+def test_card_claims_only_what_it_was_told():
+    text = model_card(None, 5)
+    assert "Not for clinical use" in text and text.count("Not stated.") == 4
+    text = model_card({"scores": {"BLEU-4": 0.1}, "recipe": "AdamW", "seed": 3}, 5)
+    assert "| BLEU-4 | 0.1 |" in text and "AdamW" in text and "## Seed\n\n3" in text and text.count("Not stated.") == 2
+
+
+# --- released checkpoints ---------------------------------------------------------------------------------------------
+
+def published(model, masks=12, size=1000):
+    "The `state_dict` of `model` in the published layout."
+    def rename(name):
+        for theirs, ours in RELEASED_NAMES.items():
+            if name.startswith(ours): return theirs + name.removeprefix(ours)
+        return name
+    state = {rename(name): tensor for name, tensor in model.state_dict().items()}
+    width = model.encoder.cvt.num_features
+    state |= {"encoder.cvt.norm.weight": torch.randn(width), "encoder.cvt.norm.bias": torch.randn(width),
+        "encoder.cvt.head.weight": torch.randn(size, width), "encoder.cvt.head.bias": torch.randn(size)}
+    positions = model.config.decoder.n_positions
+    blocks = [f"decoder.encoder_decoder.decoder.transformer.h.{n}.{kind}" for n in range(model.config.decoder.n_layer) for kind in ("attn", "crossattention")]
+    for block in blocks[:masks]:
+        state[f"{block}.bias"] = torch.ones(1, 1, positions, positions, dtype=torch.uint8).tril()
+        state[f"{block}.masked_bias"] = torch.tensor(-1e4)
+    return state
+
+
+class Mischief:
+    "An object that runs `call(*args)` when it is unpickled."
+    def __init__(self, call, *args, **more): self.reduced = (call, args, *more.values())
+    def __reduce__(self): return self.reduced
+
+
+def mischiefs(folder):
+    "Pickled objects that would make `folder`, each in another way."
+    path = str(folder)
+    yield {"hyper_parameters": {"tokenizer": Mischief(os.mkdir, path)}}
+    yield {"hyper_parameters": Mischief(os.system, f"mkdir {path}")}
+    yield {"optimizer_states": [Mischief(exec, f"import os; os.mkdir({path!r})")]}
+    yield {"callbacks": Mischief(functools.partial(os.mkdir, path))}
+    yield {"callbacks": Mischief(subprocess.check_call, ["mkdir", path])}
+    yield {"callbacks": {Mischief(getattr, Mischief(__import__, "os"), "mkdir"): 1}}
+    yield {"state": Mischief(dict, **{"state": None, "items": iter([Mischief(os.mkdir, path)])})}
+    yield {"pytorch-lightning_version": Mischief(Path(path).mkdir)}
+
+
+def test_code_in_a_checkpoint_is_not_run(model, tmp_path):
+    run = 0
+    for i, evil in enumerate(mischiefs(tmp_path / "mischief")):
+        torch.save({"state_dict": published(model), **evil}, tmp_path / "a.ckpt")
+        loaded = CvT2DistilGPT2.from_released(tmp_path / "a.ckpt", config=model.config)
+        assert not (tmp_path / "mischief").exists(), i
+        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+        try: torch.load(tmp_path / "a.ckpt", weights_only=False)  # PyTorch, told to trust the file, does run it
+        except Exception: pass
+        if (tmp_path / "mischief").exists(): run += 1; (tmp_path / "mischief").rmdir()
+    assert run >= 6
+
+
+def test_code_in_the_weights_is_an_error(model, tmp_path):
+    torch.save({"state_dict": {**published(model), "x": Mischief(os.mkdir, str(tmp_path / "mischief"))}}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="does not hold tensors alone"): CvT2DistilGPT2.from_released(tmp_path / "a.ckpt", config=model.config)
+    assert not (tmp_path / "mischief").exists()
+
+
+@pytest.mark.parametrize("masks", [0, 3, 4])
+def test_masks_may_be_there_or_not(model, masks, tmp_path):
+    torch.save({"state_dict": published(model, masks)}, tmp_path / "a.ckpt")
+    assert CvT2DistilGPT2.from_released(tmp_path / "a.ckpt", config=model.config) is not None
+
+
+@pytest.mark.parametrize("how, said", [
+    ("missing", "1 missing: projection.weight"), ("unexpected", "1 unexpected: decoder.encoder_decoder.x"),
+    ("another shape", r"1 of another shape: projection.weight \(3,\) instead of \(32, 24\)"),
+    ("untied", "head that differs from its embedding"), ("none", "'state_dict'")])
+def test_keys_that_do_not_fit(model, how, said, tmp_path):
+    state = published(model)
+    if how == "missing": del state["encoder_projection.projection.weight"]
+    if how == "unexpected": state["decoder.encoder_decoder.x"] = torch.ones(1)
+    if how == "another shape": state["encoder_projection.projection.weight"] = torch.ones(3)
+    if how == "untied": state["decoder.encoder_decoder.decoder.lm_head.weight"] = torch.zeros(320, 32)
+    torch.save({"epoch": 1} if how == "none" else {"state_dict": state}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=said): CvT2DistilGPT2.from_released(tmp_path / "a.ckpt", config=model.config)
+
+
+def test_files_that_are_damaged_or_something_else(model, tmp_path):
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": published(model)}, path)
+    whole = path.read_bytes()
+    for size in [0, 1, 100, *range(1000, len(whole), len(whole) // 40), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="a.ckpt"): read_checkpoint(path)
+    with zipfile.ZipFile(path, "w") as file: file.writestr("a.txt", "no checkpoint")
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"): read_checkpoint(path)
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
+    with pytest.raises(ValueError, match="TorchScript"): read_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match="b.ckpt"): read_checkpoint(tmp_path / "b.ckpt")
+
+
+def test_the_tokenizer_is_fetched_only_for_text(model, tmp_path):
+    torch.save({"state_dict": published(model)}, tmp_path / "a.ckpt")
+    loaded = CvT2DistilGPT2.from_released(tmp_path / "a.ckpt", tokenizer=str(tmp_path / "nowhere"), config=model.config)
+    assert loaded.generate(torch.randn(1, 3, 64, 64), max_length=4).shape == (1, 4)
+    with pytest.raises((OSError, ValueError)): loaded.report([np.zeros((70, 70), np.uint8)])
+    tokenizer().save_pretrained(tmp_path / "here")
+    loaded.tokenizer = str(tmp_path / "here")
+    assert isinstance(loaded.report([np.zeros((70, 70), np.uint8)], max_length=8)[0], str)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not DATA, reason="CVT2DISTILGPT2_TEST_DATA does not name the folder of the test data")
+def test_a_checkpoint_of_the_published_size(tmp_path):
+    torch.manual_seed(0)
+    source = shake(CvT2DistilGPT2(CvT2DistilGPT2Config()), 0.02)
+    state = published(source)
+    assert len(state) == 881
+    torch.save({"state_dict": state, "hyper_parameters": Mischief(os.mkdir, str(tmp_path / "mischief"))}, tmp_path / "a.ckpt")
+    loaded = CvT2DistilGPT2.from_released(tmp_path / "a.ckpt", tokenizer=load_tokenizer(Path(DATA) / "gpt2_bpe"))
+    images, ids = torch.randn(1, 3, 384, 384), torch.randint(0, 50000, (1, 9))
+    assert torch.equal(loaded(images, decoder_input_ids=ids).logits, source(images, decoder_input_ids=ids).logits)
+    assert not (tmp_path / "mischief").exists()
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_image_processor_is_torchvisions_pipeline_on_pillow(mode, tmp_path):
+    rng = np.random.default_rng(0)
+    processor = ReportImageProcessor(72, 64)
+    pipeline = v2.Compose([v2.Resize(72, antialias=True), v2.CenterCrop(64), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    processor.save_pretrained(tmp_path)
+    loaded = ReportImageProcessor.from_pretrained(tmp_path)
+    for width in range(60, 200, 7):
+        image = Image.fromarray(rng.integers(0, 256, (91, width) + (3,) * (mode == "RGB"), dtype=np.uint8))
+        expected = pipeline(image.convert("RGB"))
+        assert torch.equal(processor([image])["pixel_values"][0], expected) and torch.equal(loaded([image])["pixel_values"][0], expected)
+
+
+def test_image_processor_agrees_with_the_data():
+    data, tasks = pytest.importorskip("cvt2distilgpt2.data"), pytest.importorskip("cvt2distilgpt2.tasks")
+    rng, task = np.random.default_rng(0), tasks.TASKS["mimic_cxr"]
+    for shape in ((500, 613), (800, 451), (449, 449)):
+        image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+        ours = ReportImageProcessor(task.resize, task.image_size)([image])["pixel_values"][0]
+        assert (data.image_transform(task, train=False)(image) - ours).abs().max() < 1e-6
+
+
+def write_dicom(path, pixels, photometric="MONOCHROME2", **more):
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.1.1", "1.2.3"
+    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    file.SOPClassUID, file.SOPInstanceUID, file.PhotometricInterpretation = meta.MediaStorageSOPClassUID, "1.2.3", photometric
+    file.Rows, file.Columns, file.SamplesPerPixel = *pixels.shape[-2:], 1
+    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 12, 11, 0
+    for name, value in more.items(): setattr(file, name, value)
+    file.PixelData = pixels.astype(np.uint16).tobytes()
+    file.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_dicom(model, tmp_path):
+    ramp = np.linspace(0, 4095, 80 * 100).reshape(80, 100).round()
+    plain = np.asarray(read_dicom(write_dicom(tmp_path / "a.dcm", ramp)))
+    assert plain.dtype == np.uint8 and (plain.min(), plain.max()) == (0, 255) and (np.diff(plain[0].astype(int)) >= 0).all()
+    inverted = np.asarray(read_dicom(write_dicom(tmp_path / "b.dcm", ramp, "MONOCHROME1")))
+    assert np.array_equal(inverted, 255 - plain)
+    windowed = np.asarray(read_dicom(write_dicom(tmp_path / "c.dcm", ramp, WindowCenter=2048, WindowWidth=1000)))
+    assert (windowed[:30] == 0).all() and (windowed[-30:] == 255).all() and len(np.unique(windowed)) > 100
+    rescaled = np.asarray(read_dicom(write_dicom(tmp_path / "d.dcm", ramp, RescaleSlope=2, RescaleIntercept=-1000)))
+    assert np.array_equal(rescaled, plain)
+    (tmp_path / "a.dcm").rename(tmp_path / "without_suffix")
+    assert read_image(tmp_path / "without_suffix").size == (100, 80)
+    assert model.report([tmp_path / "b.dcm"], max_length=9) == model.report([Image.fromarray(inverted)], max_length=9)
+
+
+def test_dicom_that_is_not_one_image(tmp_path):
+    write_dicom(tmp_path / "film.dcm", np.zeros((2, 8, 8)), NumberOfFrames=2)
+    with pytest.raises(ValueError, match="film.dcm has 2 frames"): read_dicom(tmp_path / "film.dcm")
+    file = pydicom.dcmread(write_dicom(tmp_path / "cut.dcm", np.zeros((80, 80))))
+    file.PixelData = file.PixelData[:100]
+    file.save_as(tmp_path / "cut.dcm")
+    with pytest.raises(ValueError, match="cut.dcm has no image"): read_dicom(tmp_path / "cut.dcm")
+
+
+def test_report_takes_images_of_every_kind(model, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 80), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    kinds = [pixels, Image.fromarray(pixels), tmp_path / "a.png", str(tmp_path / "a.png"), np.stack([pixels] * 3, -1), [pixels]]
+    reports = model.report(kinds, max_length=12)
+    assert len(reports) == 6 and len(set(reports)) == 1 and model.report(str(tmp_path / "a.png"), max_length=12) == reports[:1]
+    mixed = model.report([[pixels, 255 - pixels], pixels], num_beams=1, max_length=12)
+    assert mixed == [model.report([study], num_beams=1, max_length=12)[0] for study in ([pixels, 255 - pixels], pixels)]
+    model.train()
+    assert model.report([pixels], max_length=12) == reports[:1] and model.training  # dropout plays no part
+
+
+def test_what_is_no_image(model, tmp_path):
+    (tmp_path / "a.txt").write_text("no picture")
+    for wrong in (tmp_path / "a.txt", tmp_path / "missing.png"):
+        with pytest.raises(ValueError, match=wrong.name): model.report([wrong])
+    with pytest.raises(TypeError, match="Tensor"): model.report([torch.zeros(3, 64, 64)])
+    with pytest.raises(ValueError, match="study 1 has no image"): study_batch([np.zeros((9, 9), np.uint8), []], model.image_processor)
+    model.tokenizer = None
+    with pytest.raises(ValueError, match="no tokenizer"): model.report([np.zeros((9, 9), np.uint8)])
