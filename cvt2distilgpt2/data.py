@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'ENUMERATION', 'QUOTES', 'PUNCTUATION', 'UNKNOWN', 'PROFILES', 'MEAN', 'STD', 'clean_report', 'Labels',
-           'make_labels', 'image_transform', 'random_numbers_of', 'ImageFolder', 'ReportDataset', 'collate',
-           'show_studies']
+           'make_labels', 'image_transform', 'normalise', 'random_numbers_of', 'ImageFolder', 'ReportDataset',
+           'collate', 'show_studies']
 
 # %% ../nbs/00d_data.ipynb #00d-004
 import textwrap
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from .prepare import open_image
 from .tasks import Study, Task
@@ -82,17 +83,22 @@ def make_labels(
     return Labels(train_reports, task.style, threshold, max_length)
 
 # %% ../nbs/00d_data.ipynb #00d-024
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # ImageNet's
-
 def image_transform(
     task: Task,  # its `resize`, `image_size` and `rotation`
     train: bool, # crop and rotate at random, or (False) take the middle
-) -> v2.Compose: # PIL image -> (3, image_size, image_size) float32
-    "Make the published transform for training or for everything else."
+) -> v2.Compose: # PIL image -> (3, image_size, image_size) uint8
+    "Make the published transform, up to `normalise`, for training or for everything else."
     turn = [v2.RandomRotation(task.rotation)] if task.rotation else []
     place = [v2.RandomCrop(task.image_size), *turn] if train else [v2.CenterCrop(task.image_size)]
-    return v2.Compose([v2.Resize(task.resize), *place, v2.RGB(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-                       v2.Normalize(MEAN, STD), v2.ToPureTensor()])
+    return v2.Compose([v2.Resize(task.resize), *place, v2.RGB(), v2.PILToTensor()])
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # ImageNet's
+
+def normalise(
+    pixels: Tensor, # (..., 3, H, W) uint8
+) -> Tensor:        # likewise, float32
+    "Scale pixels to 0..1, subtract ImageNet's mean, divide by its standard deviation."
+    return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), MEAN, STD)
 
 # %% ../nbs/00d_data.ipynb #00d-028
 @contextmanager
@@ -131,7 +137,7 @@ class ReportDataset(Dataset):
     def __init__(self,
         studies: list[Study],
         image_folder: str | Path,                # that image paths are relative to
-        transform: Callable[[Image.Image], Tensor], # image -> (3, H, W)
+        transform: Callable[[Image.Image], Tensor], # image -> (3, H, W) uint8
         label: Callable[[str], str] = str.strip, # report -> label, such as `Labels`
         seed: int = 0,                           # of the augmentation
     ):
@@ -146,25 +152,25 @@ class ReportDataset(Dataset):
 
     def __len__(self) -> int: return len(self.studies)
 
-    def __getitem__(self, i: int) -> dict: # pixel_values (V, 3, H, W), label
+    def __getitem__(self, i: int) -> dict: # pixel_values (V, 3, H, W) uint8, label
         with random_numbers_of(self.seed, int(self._epoch), i):
             views = [self.transform(self.images(path)) for path in self.studies[i].image_path]
         return {"pixel_values": torch.stack(views), "label": self.labels[i]}
 
-# %% ../nbs/00d_data.ipynb #00d-044
+# %% ../nbs/00d_data.ipynb #00d-042
 def collate(
     items: list[dict],                                # of a `ReportDataset`
     tokenize: Callable[[list[str]], dict] | None = None, # labels -> tensors that the model is trained with, such as `tokenize_reports`
 ) -> dict: # pixel_values (B, 3, H, W) or (B, V, 3, H, W); view_mask (B, V) bool where V differs; what `tokenize` returns
     "Make a batch of studies."
-    images = [item["pixel_values"] for item in items] # B times (V, 3, H, W)
-    counts = torch.tensor([len(v) for v in images])   # (B,)
-    pixels = pad_sequence(images, batch_first=True)   # (B, V, 3, H, W)
-    batch = {"pixel_values": pixels[:, 0] if counts.max() == 1 else pixels}
-    if counts.min() < counts.max(): batch["view_mask"] = torch.arange(counts.max()) < counts[:, None] # (B, V)
+    views = [len(item["pixel_values"]) for item in items]
+    pixels = normalise(torch.cat([item["pixel_values"] for item in items])) # B times (V, 3, H, W) -> (all images, 3, H, W)
+    if max(views) > 1: pixels = pad_sequence(pixels.split(views), batch_first=True) # (B, V, 3, H, W)
+    batch = {"pixel_values": pixels}
+    if min(views) < max(views): batch["view_mask"] = torch.arange(max(views)) < torch.tensor(views)[:, None] # (B, V)
     return batch | (tokenize([item["label"] for item in items]) if tokenize else {})
 
-# %% ../nbs/00d_data.ipynb #00d-049
+# %% ../nbs/00d_data.ipynb #00d-050
 def _write(ax: plt.Axes, text: str) -> None:
     "Fill an empty panel with text, cut where the panel ends."
     lines = textwrap.wrap(" ".join(text.split()), 48, max_lines=14, placeholder=" ...")
@@ -178,7 +184,7 @@ def show_studies(
     "Draw each study as a row: its images, its report and, where given, what a model wrote; raises `DataError` for a bad image."
     views, titles = max(len(s.image_path) for s in studies), ["Reference", "Generated"] if generated else ["Report"]
     ratios = [1]*views + [1.5]*len(titles)
-    fig, axes = plt.subplots(len(studies), len(ratios), figsize=(2*sum(ratios), 2.1*len(studies)), dpi=72,
+    fig, axes = plt.subplots(len(studies), len(ratios), figsize=(2*sum(ratios), 2.1*len(studies)), dpi=60,
                              squeeze=False, width_ratios=ratios, layout="constrained")
     for title, ax in zip(titles, axes[0, views:]): ax.set_title(title, fontsize=9, loc="left")
     for study, row in zip(studies, axes):
