@@ -190,11 +190,11 @@ def _reply(process: subprocess.Popen, timeout: float) -> str:
     said = process.log.read().decode("utf-8", "replace").strip()[-1000:]
     raise MeteorError(f"METEOR's Java process ended with status {process.returncode}: {said or process.last or 'it said nothing'}")
 
-def _ask(process: subprocess.Popen, lines: list[str], n: int, timeout: float) -> list[str]:
-    "Send `lines` to `process` and return its `n` replies; raises `MeteorError`, the process being stopped."
+def _ask(process: subprocess.Popen, lines: list[str], n: int, timeout: float, read) -> list:
+    "Send `lines` to `process`, return its `n` replies as `read` reads them; raises `MeteorError`, the process being stopped."
     if process.returncode is not None: raise MeteorError("METEOR does not run: its `with` block is over, or an earlier error stopped it")
     process.threads.append(_beside(_write, process.stdin, lines))
-    try: return [_reply(process, timeout) for _ in range(n)]
+    try: return [read(_reply(process, timeout)) for _ in range(n)]
     except BaseException: # also when interrupted: what comes later would be taken for the answer to something else
         _stop(process)
         raise
@@ -239,15 +239,15 @@ class Meteor:
     def __exit__(self, *error):
         if self.process is not None: _stop(self.process)
 
-    def ask(self, lines: list[str], n: int) -> list[str]: # the `n` lines that answer `lines`
+    def ask(self, lines: list[str], n: int, read) -> list: # the `n` lines that answer `lines`, each as `read` reads it
         "Talk to the jar; raises `MeteorError`, and stops it then."
-        return _ask(self.process, lines, n, self.timeout)
+        return _ask(self.process, lines, n, self.timeout, read)
 
     def statistics(self, texts: list[str], references: list[list[str]]) -> np.ndarray: # (n, 23), `METEOR_STATISTICS`
         "Align `n` texts, each with the one of its references that fits best; raises `MeteorError`."
         if self.process is None: return np.full((len(texts), len(METEOR_STATISTICS)), np.nan)
-        replies = self.ask(list(map(_meteor_line, texts, references)), len(texts))
-        return _spare_whole(np.array([_meteor_numbers(reply) for reply in replies]).reshape(-1, len(METEOR_STATISTICS)))
+        rows = self.ask(list(map(_meteor_line, texts, references)), len(texts), _meteor_numbers)
+        return _spare_whole(np.array(rows).reshape(-1, len(METEOR_STATISTICS)))
 
 # %% ../nbs/02a_metrics.ipynb #02a-051
 METEOR_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])                # of the stages, in the order of `METEOR_STAGES`
