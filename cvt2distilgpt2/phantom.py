@@ -443,16 +443,14 @@ def skeleton(
     phantom: Phantom,
 ) -> np.ndarray: # (n, n) cm of bone
     "Cast the shadow of ribs, clavicles, shoulder blades, breast bone and spine."
-    matter, whole_ribs = [vertebral_arches(film)], (rib_lines(film, phantom.anatomy), np.float32(1))
-    broken = {f.side: f for f in phantom.findings if f.type == "fracture"}
-    for side, name in (1, "left"), (-1, "right"):
-        mirror = np.array([side, 1, 1], np.float32)
-        lines, radius = break_ribs(whole_ribs[0], geometry(phantom, broken[name])) if name in broken else whole_ribs
-        matter.append(tubes(film, lines * mirror, .7 * radius, .4 if film.lateral else .95, hollow=.7))   # ribs are flat
-        clavicle, blade = bend(film, SHOULDER, 18) * mirror
-        matter += [tubes(film, clavicle, .62, 1.6, hollow=.75), tubes(film, blade, .35, .7)]
+    ribs = rib_lines(film, phantom.anatomy)
+    broken = {f.side: geometry(phantom, f) for f in phantom.findings if f.type == "fracture"}
+    lines, whole = zip(*(break_ribs(ribs, broken[side]) if side in broken else (ribs, np.ones(ribs.shape[:2], np.float32)) for side in SIDES))
+    mirror = np.float32([[1, 1, 1], [-1, 1, 1]])[:, None]                                     # (2, 1, 3): left and right
+    clavicles, blades = (line * mirror for line in bend(film, SHOULDER, 18))
     breastbone = bend(film, [[(x, -10, -7.6), (x, -5, -9.4), (x, 2, -10)] for x in (-1.2, 0, 1.2)], 14)
-    matter.append(tubes(film, breastbone, .5, .4))
+    matter = [tubes(film, np.stack(lines) * mirror[:, None], .7 * np.stack(whole), .4 if film.lateral else .95, hollow=.7),   # ribs are flat
+              tubes(film, clavicles, .62, 1.6, hollow=.75), tubes(film, blades, .35, .7), tubes(film, breastbone, .5, .4), vertebral_arches(film)]
     arms = 0 if film.lateral else sum(ball(film, (x, -11.8, 2), (2.3, 2.5, 2.3))[1] for x in (-17.2, 17.2))
     return phantom.anatomy.bone * (splat(film, *matter) + .35 * arms + vertebrae(film))
 
@@ -738,6 +736,8 @@ def develop(
     return (255 * np.clip(1.06 * np.tanh(1.15 * np.maximum(0, image + .12)), 0, 1) + .5).astype(np.uint8)
 
 # %% ../nbs/00b_phantom.ipynb #00b-094
+np.empty(1 << 24, np.uint8) # freed at once: from here on glibc keeps freed memory, whose return after each image would cost as much as drawing it
+
 def draw(
     phantom: Phantom,
     view: str = "frontal", # or "lateral"
