@@ -1,0 +1,195 @@
+"""Broken annotations of many kinds, and what `get_task` and `task_parameters` refuse."""
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from trees import make_iu, make_mimic
+
+from cvt2distilgpt2.tasks import (TASKS, DataError, Study, Task, get_task, open_task, read_annotation, task_parameters,
+                                  write_annotation)
+
+GOOD = {s: [dict(id=f"{s}{i}", report="Clear lungs.", image_path=[f"{s}{i}/0.png"], split=s, patient=f"{s}{i}") for i in range(2)]
+        for s in ("train", "val", "test")}
+
+
+def first(**changes):
+    "Return a good annotation with fields of its first entry changed, or dropped where `...` is given."
+    d = copy.deepcopy(GOOD)
+    d["train"][0] = {n: v for n, v in {**d["train"][0], **changes}.items() if v is not ...}
+    return json.dumps(d).encode()
+
+
+def whole(**changes):
+    return json.dumps({**GOOD, **changes}).encode()
+
+
+TEXT = json.dumps(GOOD)
+BROKEN = { # what the file holds, and a word that must be in the error
+    "empty file": (b"", "not valid JSON"),
+    "cut short": (TEXT[:200].encode(), "cut short"),
+    "one brace too many": (TEXT.encode() + b"}", "not valid JSON"),
+    "not JSON": (b"id,report\n1,clear", "not valid JSON"),
+    "UTF-16": (TEXT.encode("utf-16"), "not UTF-8"),
+    "Latin-1": (TEXT.replace("Clear", "Größe").encode("latin-1"), "not UTF-8 (byte"),
+    "binary": (bytes(range(256)), "not UTF-8"),
+    "a list": (json.dumps(GOOD["train"]).encode(), "is not an object"),
+    "a string": (b'"train"', "is not an object"),
+    "null": (b"null", "is not an object"),
+    "no split": (b"{}", "has no entries"),
+    "empty splits": (whole(train=[], val=[], test=[]), "has no entries"),
+    "unknown split": (whole(valid=GOOD["val"]), "unknown split 'valid'"),
+    "capital split": (json.dumps({"Train": GOOD["train"]}).encode(), "unknown split 'Train'"),
+    "split is an object": (whole(val={"a": 1}), "split 'val' is not a list"),
+    "split is null": (whole(val=None), "split 'val' is not a list"),
+    "entry is a string": (whole(val=["a"]), "split 'val' is not a list of entries"),
+    "entry is null": (whole(test=[None]), "split 'test' is not a list of entries"),
+    "no id": (first(id=...), "no 'id'"),
+    "id is null": (first(id=None), "no 'id'"),
+    "id is a list": (first(id=["a"]), "no 'id'"),
+    "no report": (first(report=...), "'report'"),
+    "report is null": (first(report=None), "'report' is NoneType"),
+    "report is a number": (first(report=7), "'report' is int"),
+    "report is a list": (first(report=["a"]), "'report' is list"),
+    "report is empty": (first(report=""), "empty report"),
+    "report is blank": (first(report=" \n\t"), "empty report"),
+    "no image path": (first(image_path=...), "'image_path' must be a list"),
+    "image path is a string": (first(image_path="train0/0.png"), "'image_path' must be a list"),
+    "image path is empty": (first(image_path=[]), "'image_path' must be a list"),
+    "image path holds a number": (first(image_path=[1]), "'image_path' must be a list"),
+    "image path holds null": (first(image_path=["a.png", None]), "'image_path' must be a list"),
+    "absolute image path": (first(image_path=["/etc/passwd"]), "leads out"),
+    "image path climbs": (first(image_path=["a/../../b.png"]), "leads out"),
+    "image path climbs by backslashes": (first(image_path=["..\\b.png"]), "leads out"),
+    "image path has a drive": (first(image_path=["C:\\b.png"]), "leads out"),
+    "image path is blank": (first(image_path=[""]), "leads out"),
+    "image path has a NUL": (first(image_path=["a\0.png"]), "leads out"),
+    "reports is a string": (first(reports="Clear."), "'reports'"),
+    "reports is empty": (first(reports=[]), "'reports'"),
+    "one view for two images": (first(image_path=["0.png", "1.png"], views=["frontal"]), "'views'"),
+    "views is a string": (first(views="f"), "'views'"),
+    "findings is a string": (first(findings="edema"), "'findings'"),
+    "findings holds strings": (first(findings=["edema"]), "'findings'"),
+    "nested without end": (b"["*100_000, "not valid JSON"),
+    "a number without end": (b'{"train": [' + b"9"*5000 + b"]}", "not valid JSON"),
+    "doubled id in a split": (first(id="train1"), "train1: the id occurs 2 times"),
+    "doubled id across splits": (first(id="test0"), "test0: the id occurs 2 times"),
+    "id as text and as number": (whole(train=[dict(GOOD["train"][0], id=7), dict(GOOD["train"][1], id="7")]), "the id occurs 2 times"),
+    "patient on both sides": (first(patient="val1"), "patient val1 is in train and val"),
+    "subject on both sides": (first(patient=..., subject_id="test1"), "patient test1 is in test and train"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_annotation(tmp_path, kind):
+    content, said = BROKEN[kind]
+    path = tmp_path/"annotation.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as e: read_annotation(path)
+    assert str(path) in str(e.value) and said in str(e.value)
+    assert all(p.what and p.mend for p in e.value.problems)
+
+
+def test_all_problems_at_once(tmp_path):
+    d = copy.deepcopy(GOOD)
+    del d["train"][0]["report"]
+    d["val"][1]["image_path"] = []
+    d["test"][0].update(report="", views=[])
+    (tmp_path/"annotation.json").write_text(json.dumps(d))
+    with pytest.raises(DataError) as e: read_annotation(tmp_path/"annotation.json")
+    assert [p.id for p in e.value.problems] == ["train0", "val1", "test0", "test0"]
+    assert str(e.value).startswith("4 problems")
+
+
+def test_many_problems_are_counted_not_printed(tmp_path):
+    entries = [dict(id=str(i), report="", image_path=["0.png"]) for i in range(500)]
+    (tmp_path/"annotation.json").write_text(json.dumps({"train": entries}))
+    with pytest.raises(DataError, match=r"\.\.\. and 480 more") as e: read_annotation(tmp_path/"annotation.json")
+    assert len(e.value.problems) == 500
+
+
+def test_annotation_that_is_a_folder(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"): read_annotation(tmp_path)
+
+
+def test_good_variants(tmp_path):
+    "A byte-order mark, missing splits, integer ids and unknown fields are no problem, and nothing is lost in writing."
+    path = tmp_path/"annotation.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"train": [dict(id=1, report="Ü", image_path=["0.png"], study_id=5)]}).encode())
+    (study,) = read_annotation(path)["train"]
+    assert (study.id, study.report, study.extra) == ("1", "Ü", {"study_id": 5})
+    write_annotation([study], path)
+    assert read_annotation(path) == {"train": [study], "val": [], "test": []} and read_annotation(path)["train"][0].extra == {"study_id": 5}
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    path = write_annotation([Study("a", "Clear.", ("0.png",), "train")], tmp_path/"annotation.json")
+    before = path.read_bytes()
+    with pytest.raises(TypeError): write_annotation([Study("b", "Clear.", ("0.png",), "train", extra={"x": object()})], path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("make, name, views", [(make_mimic, "mimic_cxr", 1), (make_iu, "iu_x_ray", 2)])
+def test_published_layouts(tmp_path, monkeypatch, make, name, views):
+    "In the published folders under `data/` the tasks run as they are, under either name."
+    make(tmp_path/"data")
+    monkeypatch.setattr("cvt2distilgpt2.tasks.project_root", lambda: tmp_path)
+    studies = open_task(get_task(name))
+    assert [len(s) for s in studies.values()] == [8, 3, 3]
+    for s in (s for v in studies.values() for s in v):
+        assert len(s.image_path) == views and all((TASKS[name].image_folder/p).is_file() for p in s.image_path)
+
+
+def test_limits_keep_the_first(tmp_path):
+    task = get_task("iu_x_ray", **make_iu(tmp_path), n_train=3, views=1)
+    studies = open_task(task)
+    assert [s.id for s in studies["train"]] == [f"CXR{i}_IM-{i:04d}" for i in (1, 2, 3)]
+    assert all(len(s.image_path) == 1 for v in studies.values() for s in v) and len(studies["test"]) == 3
+
+
+@pytest.mark.parametrize("name", ["mimic_cxr", "iu_x_ray"])
+def test_missing_data_say_what_where_and_from_where(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("cvt2distilgpt2.tasks.project_root", lambda: tmp_path)
+    task = get_task(name)
+    with pytest.raises(FileNotFoundError) as e: open_task(task)
+    assert all(str(part) in str(e.value) for part in (task.annotation_path, task.image_folder, task.source))
+
+
+WRONG_VALUES = dict(epochs=0, batch_size=-1, views=0, image_size=449, max_length=1, profile="cxr", style="mimic", model="large",
+                    recipe="new", schedule="step", precision="int8", lr="fast", workers=1.5, n_train=True, seed="0")
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_wrong_value_is_named(name):
+    with pytest.raises((TypeError, ValueError), match=name): get_task("mimic_cxr", **{name: WRONG_VALUES[name]})
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Task) if f.name not in ("name", "source")])
+def test_every_misspelt_field_is_found(name):
+    with pytest.raises(TypeError, match=f"did you mean '{name}'"): get_task("demo", **{name[:-1] + "_" + name[-1]: 1})
+    with pytest.raises(TypeError, match="unknown parameter"): task_parameters({"task": "demo", name + "_": 1}, ())
+
+
+def test_paths_count_from_where_the_user_stands(tmp_path, monkeypatch):
+    make_iu(tmp_path/"data")
+    monkeypatch.chdir(tmp_path)
+    task = get_task("iu_x_ray", annotation="data/iu_x-ray_chen/annotation.json", images="data/iu_x-ray_chen/images")
+    monkeypatch.chdir("/")
+    assert len(open_task(task)["train"]) == 8
+    monkeypatch.chdir(tmp_path)
+    assert get_task("data/iu_x-ray_chen").image_folder == tmp_path/"data"/"iu_x-ray_chen"/"images"
+
+
+def test_installed_alone_the_project_is_the_working_directory(tmp_path):
+    "Outside a checkout, `data/` and `runs/` are looked for where the user stands."
+    package = Path(sys.modules["cvt2distilgpt2"].__file__).parent
+    shutil.copytree(package, tmp_path/"site"/"cvt2distilgpt2", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path/"elsewhere").mkdir()
+    said = subprocess.run([sys.executable, "-c", "from cvt2distilgpt2.tasks import project_root; print(project_root())"], text=True,
+                          capture_output=True, cwd=tmp_path/"elsewhere", env={**os.environ, "PYTHONPATH": str(tmp_path/"site")}).stdout
+    assert said.strip() == str(tmp_path/"elsewhere")
