@@ -8,9 +8,9 @@ __all__ = ['FINDINGS', 'SIDES', 'SIZES', 'LOBES', 'ZONES', 'SIDED', 'SIGN', 'FIE
            'NAMES', 'OWN_DENIAL', 'CLEAR', 'NORMAL', 'OF_LUNGS', 'USUAL', 'COMMON', 'NOT_BESIDE_EDEMA', 'MENTION',
            'BREAK', 'NEGATION', 'DETAIL', 'Finding', 'allowed_details', 'in_order', 'check_findings', 'Anatomy',
            'Phantom', 'stream', 'geometry', 'sample_anatomy', 'Film', 'profile', 'chord', 'overlap', 'ball', 'splat',
-           'spline', 'count', 'bend', 'tubes', 'bumps', 'texture', 'trunk', 'breast', 'lung', 'dome_top', 'dome',
-           'heart', 'mediastinum', 'airways', 'rib_lines', 'break_ribs', 'vertebrae', 'vertebral_arches', 'skeleton',
-           'branching', 'vessels', 'consolidation', 'nodule', 'atelectasis', 'haematoma', 'effusion_share',
+           'spline', 'count', 'bend', 'tubes', 'product', 'bumps', 'texture', 'trunk', 'breast', 'lung', 'dome_top',
+           'dome', 'heart', 'mediastinum', 'airways', 'rib_lines', 'break_ribs', 'vertebrae', 'vertebral_arches',
+           'skeleton', 'branching', 'vessels', 'consolidation', 'nodule', 'atelectasis', 'haematoma', 'effusion_share',
            'edema_share', 'collapse', 'hemithorax', 'endotracheal_tube', 'central_line', 'pacemaker', 'devices',
            'thickness', 'blur_matrix', 'blur', 'expose', 'develop', 'draw', 'affirm', 'deny', 'rule_out', 'join',
            'compose', 'write_report', 'compatible', 'random_finding', 'sample_findings', 'sample_phantom',
@@ -273,6 +273,14 @@ def tubes(
     return col[..., None] + x * late - y * off * aspect, row[..., None] + y * late + x * off / aspect, amount
 
 # %% ../nbs/00b_phantom.ipynb #00b-046
+def product(
+    a: np.ndarray, # (n, k)
+    b: np.ndarray, # (k, m)
+) -> np.ndarray:   # (n, m)
+    "Multiply matrices a few rows at a time, too few for BLAS to start threads, which would wait for each other where several processes draw."
+    rows = max(1, 2 ** 18 // b.size)
+    return np.concatenate([a[i:i + rows] @ b for i in range(0, len(a), rows)])
+
 @lru_cache(maxsize=16)
 def bumps(
     size: int,   # of the image
@@ -290,7 +298,7 @@ def texture(
 ) -> np.ndarray: # (n, n), about 1 on average, never below 0
     "Make smooth random patchiness, the same at every image size."
     w = bumps(film.size, grain)
-    return np.maximum(0, 1 + .6 * (w @ rng.standard_normal((grain, grain), np.float32) @ w.T))
+    return np.maximum(0, 1 + .6 * product(w, rng.standard_normal((grain, grain), np.float32) @ w.T))
 
 # %% ../nbs/00b_phantom.ipynb #00b-047
 def trunk(
@@ -695,7 +703,7 @@ def blur_matrix(
     size: int,
     sigma: float, # cm
 ) -> np.ndarray:  # (size, size): rows sum to 1
-    "Prepare a Gaussian blur: m @ image @ m.T."
+    "Prepare a Gaussian blur, m @ image @ m.T."
     at = np.arange(size) * FIELD / size
     w = np.exp(-((at[:, None] - at) / sigma) ** 2 / 2)
     return (w / w.sum(1, keepdims=True)).astype(np.float32)
@@ -706,7 +714,7 @@ def blur(
 ) -> np.ndarray:       # (n, n)
     "Smooth an image of the whole film."
     m = blur_matrix(len(image), sigma)
-    return m @ image @ m.T
+    return product(product(m, image), m.T)
 
 # %% ../nbs/00b_phantom.ipynb #00b-093
 def expose(
