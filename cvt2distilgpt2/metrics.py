@@ -164,7 +164,7 @@ def _start(command: list[str]) -> subprocess.Popen:
     "Start `command`; its replies go to `process.replies`, its complaints to `process.log`."
     log = tempfile.TemporaryFile()
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-    process.log, process.replies, process.last = log, queue.Queue(), ""
+    process.log, process.replies = log, queue.Queue()
     process.threads = [_beside(_read, process.stdout, process.replies)]
     return process
 
@@ -182,13 +182,11 @@ def _reply(process: subprocess.Popen, timeout: float) -> str:
     "Return the next line that `process` answers; raises `MeteorError` if it ended, or after `timeout` seconds."
     try: line = process.replies.get(timeout=timeout)
     except queue.Empty: raise MeteorError(f"METEOR gave no answer for {timeout:g} seconds; if a report is very long, give Meteor a longer timeout") from None
-    if line is not None:
-        process.last = line
-        return line
+    if line is not None: return line
     with suppress(subprocess.TimeoutExpired): process.wait(1)
     process.log.seek(0)
     said = process.log.read().decode("utf-8", "replace").strip()[-1000:]
-    raise MeteorError(f"METEOR's Java process ended with status {process.returncode}: {said or process.last or 'it said nothing'}")
+    raise MeteorError(f"METEOR's Java process ended with status {process.returncode}: {said or 'it said nothing'}")
 
 def _ask(process: subprocess.Popen, lines: list[str], n: int, timeout: float, read) -> list:
     "Send `lines` to `process`, return its `n` replies as `read` reads them; raises `MeteorError`, the process being stopped."

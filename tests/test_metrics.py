@@ -156,7 +156,7 @@ def test_meteor_runs_where_a_path_has_spaces(tmp_path, monkeypatch):
 # Stand-ins for Java: what can go wrong, and what must be said within the time limit
 BROKEN = {
     "dies at once": ("import sys; sys.exit('out of memory')", "status 1: out of memory"),
-    "dies, complaining on stdout": ("print('Error: could not reserve heap'); raise SystemExit(3)", "status 3: Error: could not reserve heap"),
+    "dies, complaining on stdout": ("print('Error: could not reserve heap'); raise SystemExit(3)", "answered 'Error: could not reserve heap'"),
     "dies after two replies": ("for _ in range(2): input(); print('0 ' * 23, flush=True)", "ended with status 0"),
     "hangs": ("import time; time.sleep(60)", "no answer for 2 seconds"),
     "reads and hangs": ("import sys, time; sys.stdin.read(9)\nwhile True: time.sleep(1)", "no answer for 2 seconds"),
