@@ -223,6 +223,7 @@ class ModelParts(Portable):
 
     def encode(self, pixel_values: Tensor, view_mask: Tensor | None = None) -> Tensor: # (B, V*N, width)
         "Turn images, (B, 3, H, W) or (B, V, 3, H, W), into visual tokens; `view_mask` (B, V) says which views are real."
+        if not pixel_values.is_floating_point(): raise TypeError(f"pixel_values must be scaled and normalised, not {pixel_values.dtype}")
         return self.projection(self.encoder(pixel_values.to(self.dtype), view_mask))
 
 # %% ../nbs/01d_model.ipynb #01d-039
