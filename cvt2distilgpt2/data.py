@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 from .prepare import open_image
 from .tasks import Study, Task
@@ -98,7 +97,8 @@ def normalise(
     pixels: Tensor, # (..., 3, H, W) uint8
 ) -> Tensor:        # likewise, float32
     "Scale pixels to 0..1, subtract ImageNet's mean, divide by its standard deviation."
-    return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), MEAN, STD)
+    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (MEAN, STD)) # (3, 1, 1)
+    return (pixels/255 - mean)/std
 
 # %% ../nbs/00d_data.ipynb #00d-028
 @contextmanager
@@ -184,7 +184,7 @@ def show_studies(
     "Draw each study as a row: its images, its report and, where given, what a model wrote; raises `DataError` for a bad image."
     views, titles = max(len(s.image_path) for s in studies), ["Reference", "Generated"] if generated else ["Report"]
     ratios = [1]*views + [1.5]*len(titles)
-    fig, axes = plt.subplots(len(studies), len(ratios), figsize=(2*sum(ratios), 2.1*len(studies)), dpi=60,
+    fig, axes = plt.subplots(len(studies), len(ratios), figsize=(2*sum(ratios), 2.1*len(studies)), dpi=72,
                              squeeze=False, width_ratios=ratios, layout="constrained")
     for title, ax in zip(titles, axes[0, views:]): ax.set_title(title, fontsize=9, loc="left")
     for study, row in zip(studies, axes):

@@ -1,0 +1,224 @@
+"""Labels, pixels and batches against plain implementations, and the notebook on every kind of task."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms as v1
+from trees import make_iu, make_mimic
+
+from cvt2distilgpt2.data import MEAN, STD, ImageFolder, Labels, ReportDataset, clean_report, collate, image_transform, make_labels, normalise, random_numbers_of
+from cvt2distilgpt2.prepare import open_image
+from cvt2distilgpt2.tasks import DataError, Study, get_task, open_task
+
+DATA = os.environ.get("CVT2DISTILGPT2_TEST_DATA")
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+# labels
+
+def random_reports(n, seed=0):
+    "Texts that are mostly what the cleaning looks for."
+    rng = np.random.default_rng(seed)
+    parts = ["The", "heart", "is", "5.5", "XXXX", "1. ", "2. ", ". 3. ", " 4. ", "10. ", "..", "....", ". ", ".", " ", "  ", "\n", "_", "___", "__________",
+             ", ", "(mild)", "/", "\\", "\"", "'", "right-sided", "%", "#2", ";", "É", "µm", "¿"]
+    return ["".join(rng.choice(parts, rng.integers(0, 25))) for _ in range(n)]
+
+
+def clean_by_rules(report, style):
+    "Clean a report by regular expressions, rule after rule of Chen et al.'s cleaning as it is documented."
+    if style == "mimic_cxr":
+        report = report.replace("\n", " ")
+        for run, to, halvings in (("_", "_", 7), (" ", " ", 6), (r"\.", ".", 8)): # n halvings: what stays of a run of k
+            def shorten(found, to=to, halvings=halvings):
+                k = len(found.group())
+                for _ in range(halvings): k = (k + 1)//2
+                return to*k
+            report = re.sub(f"{run}+", shorten, report)
+    else:
+        report = re.sub(r"\.+", lambda found: "."*-(-len(found.group())//8), report)
+    report = re.sub(r"1\. ", "", report)
+    for before in (r"\. ", " "):
+        for n in "2345": report = re.sub(f"{before}{n}\\. ", ". ", report)
+    pieces = [re.sub(r"[.,?;*!%^&_+():<=>@\[\]{}]", "", re.sub(r"[\"/\\']", "", piece).strip()) for piece in report.strip().lower().split(". ")]
+    return " . ".join(pieces) + " ."
+
+
+@pytest.mark.parametrize("style", ["iu_x_ray", "mimic_cxr"])
+def test_cleaning_against_rules(style):
+    reports = random_reports(5000)
+    assert [clean_report(r, style) for r in reports] == [clean_by_rules(r, style) for r in reports]
+    assert sum(clean_report(r, "iu_x_ray") != clean_report(r, "mimic_cxr") for r in reports) > 500
+
+
+@pytest.mark.parametrize("style", ["iu", "", None, "MIMIC_CXR"])
+def test_unknown_style(style):
+    with pytest.raises(ValueError, match="iu_x_ray, mimic_cxr"): clean_report("Clear.", style)
+
+
+def test_labels_use_training_words_only():
+    train = random_reports(300)
+    labels = Labels(train, "mimic_cxr", threshold=10, max_length=20)
+    counts = {}
+    for r in train:
+        for w in clean_report(r, "mimic_cxr").split(): counts[w] = counts.get(w, 0) + 1
+    assert set(labels.vocabulary) == {w for w, n in counts.items() if n >= 10} | {"<unk>"} and list(labels.vocabulary) == sorted(labels.vocabulary)
+    for r in random_reports(300, seed=1):
+        words, cleaned = labels(r).split(), clean_report(r, "mimic_cxr").split()
+        assert len(words) == min(19, len(cleaned))
+        assert all(w == (c if counts.get(c, 0) >= 10 else "<unk>") for w, c in zip(words, cleaned))
+
+
+@pytest.mark.parametrize("name, profile, threshold, words", [
+    ("iu_x_ray", "chen", 3, 59), ("mimic_cxr", "chen", 3, 59), ("iu_x_ray", "r2gen", 3, 59), ("mimic_cxr", "r2gen", 10, 99)])
+def test_profiles(name, profile, threshold, words):
+    labels = make_labels(get_task(name, profile=profile), ["often "*threshold, "seldom "*(threshold - 1)])
+    assert labels("often seldom").split()[:2] == ["often", "<unk>"] and len(labels("often "*500).split()) == words
+
+
+# pixels
+
+def published(task, train):
+    "torchvision's first transforms, as the published system composes them."
+    place = [v1.RandomCrop(task.image_size), v1.RandomRotation(task.rotation)] if train else [v1.CenterCrop(task.image_size)]
+    return v1.Compose([v1.Lambda(lambda i: i.convert("RGB")), v1.Resize(task.resize), *place, v1.ToTensor(), v1.Normalize(MEAN, STD)])
+
+
+@pytest.mark.parametrize("size", [(500, 448), (448, 700), (300, 200), (1000, 900), (448, 448), (17, 40)])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_transforms_are_the_published_ones(size, mode):
+    task = get_task("mimic_cxr")
+    channels = () if mode == "L" else (3,)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], *channels), dtype=np.uint8))
+    assert torch.equal(normalise(image_transform(task, False)(image)), published(task, False)(image))
+    for i in range(3):
+        with random_numbers_of(i): ours = normalise(image_transform(task, True)(image))
+        with random_numbers_of(i): theirs = published(task, True)(image)
+        assert torch.equal(ours, theirs)
+
+
+@pytest.fixture
+def iu(tmp_path):
+    return get_task("iu_x_ray", **make_iu(tmp_path, n=7), resize=40, image_size=32)
+
+
+def all_pixels(dataset, **options):
+    loader = DataLoader(dataset, batch_size=2, collate_fn=collate, **options)
+    for epoch in (0, 1, 5):
+        dataset.set_epoch(epoch) # while the workers run
+        yield torch.cat([batch["pixel_values"] for batch in loader])
+
+
+@pytest.mark.parametrize("options", [dict(num_workers=1), dict(num_workers=2), dict(num_workers=2, persistent_workers=True),
+                                     pytest.param(dict(num_workers=1, multiprocessing_context="spawn"), marks=pytest.mark.full)])
+def test_pixels_do_not_depend_on_workers(iu, options):
+    make = lambda: ReportDataset(open_task(iu)["train"], iu.image_folder, image_transform(iu, train=True))
+    alone, together = list(all_pixels(make())), list(all_pixels(make(), **options))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together)) and not torch.equal(alone[0], alone[1])
+
+
+def test_pixels_depend_on_seed_epoch_and_index_only(iu):
+    make = lambda seed: ReportDataset(open_task(iu)["train"], iu.image_folder, image_transform(iu, train=True), seed=seed)
+    a, b = make(3), make(3)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    forward = [a[i]["pixel_values"] for i in range(7)]
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    backward = [b[i]["pixel_values"] for i in reversed(range(7))][::-1]
+    assert all(torch.equal(x, y) for x, y in zip(forward, backward))
+    assert not torch.equal(make(4)[0]["pixel_values"], forward[0])
+
+
+def test_held_images(iu):
+    "Up to the limit images are held, above it they are read anew; the pixels are those of the file."
+    paths = [p for s in open_task(iu)["train"] for p in s.image_path]
+    images = ImageFolder(iu.image_folder, limit=3*100*120 + 1)
+    first, second = [[np.asarray(images(p)) for p in paths] for _ in range(2)]
+    for a, b, p in zip(first, second, paths): assert np.array_equal(a, b) and np.array_equal(a, np.asarray(open_image(iu.image_folder/p)))
+    for p in paths: (iu.image_folder/p).unlink()
+    assert [images(p).size for p in paths[:3]] == [(100, 120)]*3
+    with pytest.raises(DataError, match="missing"): images(paths[3])
+
+
+def test_bad_image_is_named(iu):
+    studies = open_task(iu)["train"]
+    path = iu.image_folder/studies[4].image_path[1]
+    path.write_bytes(path.read_bytes()[:500])
+    dataset = ReportDataset(studies, iu.image_folder, image_transform(iu, train=True))
+    with pytest.raises(DataError, match=re.escape(str(path))): list(DataLoader(dataset, collate_fn=collate))
+
+
+# batches
+
+@pytest.mark.parametrize("views", [(1, 1), (2, 2), (1, 3, 2), (3,), (1,)])
+def test_collate(views):
+    rng = torch.Generator().manual_seed(0)
+    items = [{"pixel_values": torch.randint(0, 256, (v, 3, 4, 4), dtype=torch.uint8, generator=rng), "label": f"{i}"} for i, v in enumerate(views)]
+    batch = collate(items, tokenize=lambda labels: {"labels": torch.tensor([int(l) for l in labels])})
+    B, V = len(views), max(views)
+    assert batch["pixel_values"].shape == ((B, 3, 4, 4) if V == 1 else (B, V, 3, 4, 4))
+    assert batch["labels"].tolist() == list(range(B)) and ("view_mask" in batch) == (len(set(views)) > 1)
+    for row, item in zip(batch["pixel_values"].reshape(B, V, 3, 4, 4), items):
+        v = len(item["pixel_values"])
+        assert torch.equal(row[:v], normalise(item["pixel_values"])) and not row[v:].any()
+    if "view_mask" in batch: assert batch["view_mask"].sum(1).tolist() == list(views) and batch["view_mask"].dtype == torch.bool
+
+
+@pytest.mark.skipif(not DATA, reason="CVT2DISTILGPT2_TEST_DATA does not name the folder of the test data")
+def test_real_radiographs():
+    task = get_task(str(Path(DATA)/"cxr_pairs"), resize=64, image_size=56)
+    for train, studies in ((True, open_task(task)["train"]), (False, open_task(task)["test"])):
+        dataset = ReportDataset(studies, task.image_folder, image_transform(task, train), make_labels(task, []))
+        (batch,) = DataLoader(dataset, batch_size=len(studies), collate_fn=collate)
+        assert batch["pixel_values"].shape == (len(studies), 2, 3, 56, 56)
+        assert batch["view_mask"].sum() == sum(len(s.image_path) for s in studies) and batch["pixel_values"].isfinite().all()
+        assert dataset.labels == [s.report.strip() for s in studies]
+
+
+# the notebook
+
+@pytest.fixture(autouse=True)
+def keep_runs():
+    "Leave the project's own summaries as they were."
+    before = {p: p.read_bytes() for p in (ROOT/"runs").glob("*/data.csv")}
+    yield
+    for p in (ROOT/"runs").glob("*/data.csv"):
+        if p not in before: p.unlink()
+        elif p.read_bytes() != before[p]: p.write_bytes(before[p])
+
+
+def explore(tmp_path, folder, *words):
+    out = tmp_path/"out.ipynb"
+    done = subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", str(ROOT/"nbs"/"00d_data.ipynb"), str(out), *words],
+                          cwd=folder, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    return done, out
+
+
+@pytest.mark.full
+def test_notebook_refuses_a_misspelt_parameter(tmp_path):
+    done, _ = explore(tmp_path, ROOT, "-p", "n_trian", "5")
+    assert done.returncode and "did you mean 'n_train'" in done.stderr
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name, make, folder", [("mimic_cxr", make_mimic, ROOT), ("iu_x_ray", make_iu, ROOT/"nbs"), ("iu_x_ray_chen", make_iu, Path("/"))])
+def test_notebook_explores_published_tasks(tmp_path, name, make, folder):
+    words = [w for n, v in make(tmp_path).items() for w in ("-p", n, v)]
+    done, out = explore(tmp_path, folder, "-p", "task", name, *words, "-p", "resize", "64", "-p", "image_size", "48")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert out.read_text().count('"image/png"') >= 4 and "chen" in out.read_text()
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not DATA, reason="CVT2DISTILGPT2_TEST_DATA does not name the folder of the test data")
+def test_notebook_explores_a_folder(tmp_path):
+    done, out = explore(tmp_path, ROOT, "-p", "task", str(Path(DATA)/"cxr_pairs"))
+    assert done.returncode == 0, done.stderr[-3000:]
