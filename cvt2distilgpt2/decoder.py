@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers.utils import logging
 
+from .encoder import check_source
+
 # %% ../nbs/01b_decoder.ipynb #01b-008
 EOS, BOS, PAD = "<|endoftext|>", "[BOS]", "[PAD]"
 
@@ -49,6 +51,7 @@ def load_tokenizer(
     **hub,              # what `from_pretrained` takes of the hub: revision, token, ...
 ) -> GPT2Tokenizer:
     "Load a GPT-2 tokenizer and give it the special tokens of a report; raises `OSError` where there is none."
+    check_source(source)
     if (Path(source) / "encoder.json").is_file():
         tokenizer = GPT2Tokenizer(vocab=str(Path(source) / "encoder.json"), merges=str(Path(source) / "vocab.bpe"))
     else: tokenizer = AutoTokenizer.from_pretrained(source, **hub)
@@ -113,6 +116,7 @@ def load_decoder(
     tokenizer: GPT2Tokenizer, # its own, with the special tokens
 ) -> GPT2LMHeadModel:         # ready for inference; its cross-attention is random
     "Load a GPT-2 and give it cross-attention; raises `ValueError` if a weight is missing or does not fit."
+    check_source(source)
     config = GPT2Config.from_pretrained(source, add_cross_attention=True)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that the cross-attention is missing is no news

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CVT_CONFIGS', 'HUB_NAMES', 'default_cfgs', 'PatchEmbed', 'conv_projection', 'Attention', 'Block', 'frozen_statistics',
            'run_checkpointed', 'Stage', 'CvTConfig', 'build_stage', 'init_weights', 'CvT', 'count_parameters',
-           'from_hub_names', 'load_exactly', 'read_tensors', 'find_weights', 'from_hub_config', 'recognise_config',
-           'load_cvt', 'pretrained_cfg', 'create_cvt', 'register', 'cvt_13', 'cvt_21', 'cvt_w24', 'cvt_demo']
+           'from_hub_names', 'load_exactly', 'read_tensors', 'check_source', 'find_weights', 'from_hub_config',
+           'recognise_config', 'load_cvt', 'pretrained_cfg', 'create_cvt', 'register', 'cvt_13', 'cvt_21', 'cvt_w24',
+           'cvt_demo']
 
 # %% ../nbs/01a_encoder.ipynb #01a-002
 import re
@@ -303,17 +304,27 @@ def read_tensors(
     except Exception as error: # a damaged file raises what it likes
         raise ValueError(f"{path} cannot be read as weights: is it whole, and a file of tensors alone? ({error})") from error
 
+# %% ../nbs/01a_encoder.ipynb #01a-063
+def check_source(
+    source: str | Path, # file, folder or hub name
+):
+    "Raise `FileNotFoundError` if `source` does not exist and cannot be a hub name either, which is `name` or `owner/name`."
+    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) and not re.search(r"\.(pth?|ckpt|bin|safetensors)$", str(source))
+    if not Path(source).exists() and not is_hub_name: raise FileNotFoundError(f"{source} does not exist")
 
+# %% ../nbs/01a_encoder.ipynb #01a-065
 def find_weights(
     source: str | Path, # hub name or folder
 ) -> str:               # path of the weights' file
     "Find the weights in a folder or on the hub; raises `OSError` where there are none."
+    check_source(source)
     for name in ("model.safetensors", "pytorch_model.bin"):
         path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
         if path: return path
-    raise OSError(f"{source} has neither model.safetensors nor pytorch_model.bin")
+    why = "" if Path(source).is_dir() else ": it is no folder, and neither the hub nor its cache has it (is this machine offline?)"
+    raise OSError(f"found neither model.safetensors nor pytorch_model.bin in {source}{why}")
 
-# %% ../nbs/01a_encoder.ipynb #01a-064
+# %% ../nbs/01a_encoder.ipynb #01a-067
 def from_hub_config(hub: CvtConfig) -> CvTConfig:
     "Translate the sizes of a `transformers` CvT."
     return CvTConfig(widths=hub.embed_dim, depths=hub.depth, heads=hub.num_heads, kernels=hub.patch_sizes,
@@ -332,7 +343,7 @@ def recognise_config(
         if (config.widths, config.depths) == (widths, depths): return config
     raise ValueError(f"{source} has stages of width {widths} and depth {depths}, which is none of {', '.join(CVT_CONFIGS)}")
 
-# %% ../nbs/01a_encoder.ipynb #01a-065
+# %% ../nbs/01a_encoder.ipynb #01a-068
 def load_cvt(
     source: str | Path, # hub name, folder of a `transformers` CvT, or Microsoft's `.pth`
 ) -> CvT:               # without the final norm and the classifier, ready for inference
@@ -344,7 +355,7 @@ def load_cvt(
     load_exactly(model, {name: t for name, t in weights.items() if not name.startswith(("norm.", "head."))}, source)
     return model.eval()
 
-# %% ../nbs/01a_encoder.ipynb #01a-076
+# %% ../nbs/01a_encoder.ipynb #01a-079
 def pretrained_cfg(size: int, **kwargs) -> dict: # input side in pixels; where the weights are
     "Describe to timm what a CvT takes."
     return {"input_size": (3, size, size), "num_classes": 1000, "interpolation": "bicubic", "crop_pct": 1.0,
@@ -359,7 +370,7 @@ default_cfgs = generate_default_cfgs({
     "cvt_demo.untrained": pretrained_cfg(112, hf_hub_filename=None),
 })
 
-# %% ../nbs/01a_encoder.ipynb #01a-077
+# %% ../nbs/01a_encoder.ipynb #01a-080
 def create_cvt(
     name: str,                # one of `CVT_CONFIGS`
     pretrained: bool = False, # load the published weights from the hub?
@@ -377,7 +388,7 @@ def register(entrypoint):
         warnings.filterwarnings("ignore", "Overwriting .* in registry")
         return register_model(entrypoint)
 
-# %% ../nbs/01a_encoder.ipynb #01a-078
+# %% ../nbs/01a_encoder.ipynb #01a-081
 @register
 def cvt_13(pretrained: bool = False, **kwargs) -> CvT:
     "CvT-13: 20 M parameters."

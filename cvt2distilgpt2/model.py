@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import cached_file
 
 from .decoder import DEMO_DECODER, decode_reports, decoder_config, load_decoder, load_tokenizer
-from .encoder import CVT_CONFIGS, CvT, CvTConfig, count_parameters, load_cvt, load_exactly
+from .encoder import CVT_CONFIGS, CvT, CvTConfig, check_source, count_parameters, load_cvt, load_exactly
 from .prepare import open_image, scale_to_8_bit, to_8_bit
 
 # %% ../nbs/01d_model.ipynb #01d-008
@@ -193,6 +193,7 @@ class Portable(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, source: str | Path, *args, output_loading_info: bool = False, **kwargs):
         "Load a saved model from a folder or the hub; raises `ValueError` that lists weights that are missing or unexpected."
+        check_source(source)
         model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         load_companions(model, source, info, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
         return (model, info) if output_loading_info else model
@@ -384,8 +385,9 @@ def warm_start(
     tokenizer: str | Path | GPT2Tokenizer, # itself, or where it is found
 ) -> CvT2DistilGPT2: # projection and cross-attention are random; ready for inference
     "Join a CvT and a GPT-2; raises as `load_cvt`, `load_decoder` and `load_tokenizer` do."
+    cvt = load_cvt(encoder)
     if isinstance(tokenizer, (str, Path)): tokenizer = load_tokenizer(tokenizer)
-    cvt, decoder = load_cvt(encoder), load_decoder(decoder, tokenizer)
+    decoder = load_decoder(decoder, tokenizer)
     model = cls(CvT2DistilGPT2Config(encoder=cvt.config, decoder=decoder.config), cvt, decoder)
     model.tokenizer = tokenizer
     return model.eval()

@@ -149,6 +149,7 @@ def test_damaged_and_dangerous_files(small, tmp_path, monkeypatch):
 def test_nothing_to_load(tmp_path):
     CvtConfig(**SMALL).save_pretrained(tmp_path)
     with pytest.raises(OSError, match="neither model.safetensors nor pytorch_model.bin"): load_cvt(tmp_path)
+    with pytest.raises(FileNotFoundError, match="CvT.pth does not exist"): load_cvt("CvT.pth")
     torch.save({"stage0.patch_embed.proj.weight": torch.zeros(5, 3, 7, 7)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other.pth has stages of width \(5,\)"): load_cvt(tmp_path / "other.pth")
 

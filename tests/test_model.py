@@ -230,6 +230,11 @@ def test_saved_weights_that_do_not_fit(model, how, tmp_path):
     with pytest.raises((ValueError, RuntimeError), match="projection|mismatched"): CvT2DistilGPT2.from_pretrained(tmp_path)
 
 
+def test_what_does_not_exist(tmp_path):
+    for load in (CvT2DistilGPT2.from_pretrained, CvT2DistilGPT2.from_warm_start, CvT2DistilGPT2.from_released, load_tokenizer):
+        with pytest.raises(FileNotFoundError, match="nowhere does not exist"): load(tmp_path / "nowhere")
+
+
 def test_configuration_refuses_what_it_does_not_know(model):
     with pytest.raises(TypeError, match="widht"): CvT2DistilGPT2Config(widht=3)
     with pytest.raises(TypeError, match="depth"): CvT2DistilGPT2Config(encoder={"depth": 3})
