@@ -22,6 +22,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageOps
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -137,21 +138,26 @@ def draw_study(
     return Study(name, drawn.report, paths, split, patient=name, views=VIEWS[:views], findings=findings)
 
 # %% ../nbs/00c_prepare.ipynb #00c-034
-def _clear_other(task: Task) -> None:
-    "Empty the folder of images that were drawn otherwise than `task` says; raises `FileExistsError` for what was not drawn here."
-    images, annotation, stamp = task.image_folder, task.annotation_path, task.image_folder.parent/"drawn.json"
-    how = json.dumps(dict(size=task.resize, code=hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()))
-    if stamp.exists() and stamp.read_text() == how: return
-    found = [str(p) for p in (annotation, images) if p.is_file() or (p.is_dir() and any(p.iterdir()))]
-    if found and not stamp.exists():
-        raise FileExistsError(f"{' and '.join(found)} would be drawn over, but {stamp} is missing, so this project did not draw it. "
+def _stamp(task: Task) -> Path:
+    "Return the path of the file that says how images were drawn."
+    return task.image_folder.parent/"drawn.json"
+
+def _refuse_foreign(task: Task) -> None:
+    "Raise `FileExistsError` if files are in the way that were not drawn here."
+    found = [str(p) for p in (task.annotation_path, task.image_folder) if p.is_file() or (p.is_dir() and any(p.iterdir()))]
+    if found and not _stamp(task).exists():
+        raise FileExistsError(f"{' and '.join(found)} would be drawn over, but {_stamp(task)} is missing, so this project did not draw it. "
                               "Move it away, or open it as a task by its path.")
-    stamp.parent.mkdir(parents=True, exist_ok=True)
-    stamp.write_text("being cleared") # whoever is killed below is cleared again
-    annotation.unlink(missing_ok=True)
-    if images.exists(): shutil.rmtree(images)
-    images.mkdir(parents=True)
-    stamp.write_text(how)
+
+def _clear_other(task: Task) -> None:
+    "Empty the folder of images that were drawn otherwise than `task` says."
+    how = json.dumps(dict(size=task.resize, code=hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()))
+    if _stamp(task).exists() and _stamp(task).read_text() == how: return
+    _stamp(task).write_text("being cleared") # whoever is killed below is cleared again
+    task.annotation_path.unlink(missing_ok=True)
+    if task.image_folder.exists(): shutil.rmtree(task.image_folder)
+    task.image_folder.mkdir(parents=True)
+    _stamp(task).write_text(how)
 
 # %% ../nbs/00c_prepare.ipynb #00c-036
 def _map_processes(f, items: list, text: str) -> list:
@@ -161,23 +167,31 @@ def _map_processes(f, items: list, text: str) -> list:
     with ProcessPoolExecutor(workers, context, initializer=threadpool_limits, initargs=(1,)) as pool:
         return list(tqdm(pool.map(f, items, chunksize=8), text, len(items), unit=" phantoms", leave=False))
 
-def draw_demo(
-    task: Task, # the demo: its counts, its views, its `resize` as size of the images
-) -> Path:      # of `annotation.json`
-    "Draw the phantoms of `task` that are not on disk yet; raises `FileExistsError` if other files are in the way."
-    _clear_other(task)
+def _draw_missing(task: Task) -> None:
+    "Draw the phantoms of `task` that the annotation does not list."
     path, views = task.annotation_path, min(task.views or len(VIEWS), len(VIEWS))
     have = {s.id: s for v in read_annotation(path).values() for s in v} if path.exists() else {}
+    done = {i for i, s in have.items() if len(s.image_path) >= views}
     counts = (task.n_train, task.n_val, task.n_test)
     seeds = [len(SPLITS)*i + k for k, n in enumerate(counts) for i in range(n or 0)]
-    done = {i for i, s in have.items() if len(s.image_path) >= views}
     if missing := [s for s in seeds if _split_and_id(s)[1] not in done]:
         draw = partial(draw_study, folder=task.image_folder, views=views, size=task.resize)
         have |= {s.id: s for s in _map_processes(draw, missing, "drawing phantoms")}
         write_annotation([have[i] for i in sorted(have)], path)
-    return path
 
-# %% ../nbs/00c_prepare.ipynb #00c-042
+# %% ../nbs/00c_prepare.ipynb #00c-037
+def draw_demo(
+    task: Task, # the demo: its counts, its views, its `resize` as size of the images
+) -> Path:      # of `annotation.json`
+    "Draw the phantoms of `task` that are not on disk yet; raises `FileExistsError` if other files are in the way."
+    _refuse_foreign(task)
+    task.image_folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(_stamp(task).with_suffix(".lock")):
+        _clear_other(task)
+        _draw_missing(task)
+    return task.annotation_path
+
+# %% ../nbs/00c_prepare.ipynb #00c-043
 DECODE_UP_TO = 10_000 # images: about half a minute for radiographs of 2 megapixels on 8 cores
 
 def prepare(
@@ -190,7 +204,7 @@ def prepare(
     check_images(every, task.image_folder, decode=sum(len(s.image_path) for s in every) <= DECODE_UP_TO)
     return studies
 
-# %% ../nbs/00c_prepare.ipynb #00c-048
+# %% ../nbs/00c_prepare.ipynb #00c-049
 def _field_type(name: str) -> type:
     "Return the type of a task's field, `None` left out."
     hint = typing.get_type_hints(Task)[name]
@@ -215,7 +229,7 @@ def task_arguments(
     if unknown: parser.error(f"unexpected words: {' '.join(unknown)}")
     return task, others
 
-# %% ../nbs/00c_prepare.ipynb #00c-051
+# %% ../nbs/00c_prepare.ipynb #00c-052
 def main(
     argv: list[str] | None = None, # words of the command line
 ) -> None:

@@ -135,6 +135,8 @@ def test_pixels_depend_on_seed_epoch_and_index_only(iu):
     backward = [b[i]["pixel_values"] for i in reversed(range(7))][::-1]
     assert all(torch.equal(x, y) for x, y in zip(forward, backward))
     assert not torch.equal(make(4)[0]["pixel_values"], forward[0])
+    twice = ReportDataset([open_task(iu)["train"][0]]*2, iu.image_folder, image_transform(iu, train=True))
+    assert not torch.equal(twice[0]["pixel_values"], twice[1]["pixel_values"])
 
 
 def test_held_images(iu):

@@ -247,7 +247,7 @@ def test_damaged_demo_is_told(tmp_path):
     assert len(e.value.problems) == 1
 
 
-def command(*words, **options):
+def command(*words):
     return [sys.executable, "-m", "cvt2distilgpt2.prepare", *map(str, words)]
 
 
@@ -270,6 +270,13 @@ def test_killed_demo_goes_on(tmp_path):
     assert all(p.stat().st_mtime_ns == t for p, t in kept.items()) # not drawn again
     whole = lambda folder: {n: b for n, b in everything(folder).items() if not n.endswith(".part")}
     assert whole(tmp_path/"a") == whole(tmp_path/"b")
+
+
+def test_processes_that_start_together_draw_once(tmp_path):
+    processes = [subprocess.Popen(command(*demo_words(tmp_path/"a", n)), env={**os.environ, "TQDM_DISABLE": "1"}) for n in (30, 30, 20)]
+    assert [p.wait() for p in processes] == [0, 0, 0]
+    draw_demo(demo(tmp_path/"b", n=30))
+    assert everything(tmp_path/"a") == everything(tmp_path/"b")
 
 
 # the command line

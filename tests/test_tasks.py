@@ -127,10 +127,12 @@ def test_good_variants(tmp_path):
     assert read_annotation(path) == {"train": [study], "val": [], "test": []} and read_annotation(path)["train"][0].extra == {"study_id": 5}
 
 
-def test_failed_write_keeps_the_old_file(tmp_path):
+def test_write_that_is_cut_short_keeps_the_old_file(tmp_path, monkeypatch):
     path = write_annotation([Study("a", "Clear.", ("0.png",), "train")], tmp_path/"annotation.json")
     before = path.read_bytes()
-    with pytest.raises(TypeError): write_annotation([Study("b", "Clear.", ("0.png",), "train", extra={"x": object()})], path)
+    def killed(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt): write_annotation([Study("b", "Clear.", ("0.png",), "train")], path)
     assert path.read_bytes() == before
 
 
