@@ -9,6 +9,7 @@ __all__ = ['RECIPES', 'DEMO', 'MIMIC_CXR', 'IU_X_RAY', 'TASKS', 'ALIASES', 'CHOI
 
 # %% ../nbs/00a_tasks.ipynb #00a-002
 import json
+import os
 import types
 import typing
 from collections import Counter, defaultdict
@@ -18,7 +19,8 @@ from pathlib import Path, PurePosixPath
 
 # %% ../nbs/00a_tasks.ipynb #00a-007
 def project_root() -> Path: # the folder that holds `data/` and `runs/`
-    "Find the project's root: the folder above the package if it is a checkout, else the working directory."
+    "Find the project's root: `CVT2DISTILGPT2_HOME`, else the folder above the package if it is a checkout, else the working directory."
+    if home := os.environ.get("CVT2DISTILGPT2_HOME"): return Path(home).resolve()
     places = [Path(__file__).resolve().parent.parent] if "__file__" in globals() else [Path.cwd(), Path.cwd().parent]
     return next((p for p in places if (p/"settings.ini").exists()), Path.cwd())
 
@@ -63,6 +65,7 @@ class RecipeSettings:
     clip: float = 0.0                # largest norm of the gradient; 0: no clipping, as published
     batch_size: int = 16             # studies a step, over all devices
     device_batch: int = 4            # studies at once on a device, as published (BatchNorm sees so many); the rest by accumulation
+    warm_start: int = 0              # epochs in which a small model's encoder first learns to name drawn findings
     epochs: int = 100                # at most; early stopping ends most runs long before
     patience: int = 10               # epochs without a better validation CIDEr before training stops
     min_delta: float = 1e-4          # what counts as better
@@ -101,7 +104,8 @@ DEMO = Task(
     encoder_lr=1.5e-3, lr=1.5e-3,  # from scratch, so one high rate for all
     schedule="cosine", warmup=100, clip=1.0,
     batch_size=16, device_batch=16, # more, smaller steps learn more in the same minutes
-    epochs=14, val_beams=1, precision="fp32", workers=0)
+    warm_start=6,        # the encoder's own ImageNet: see 03_train
+    epochs=6, val_beams=1, precision="fp32", workers=0)
 
 # %% ../nbs/00a_tasks.ipynb #00a-022
 MIMIC_CXR = Task(
@@ -229,7 +233,6 @@ class DataError(ValueError):
 
 # %% ../nbs/00a_tasks.ipynb #00a-052
 SPLITS = ("train", "val", "test")
-_MISSING = "missing"
 
 def _inside(path: str) -> bool:
     "Tell whether a relative path stays inside its folder."
@@ -243,7 +246,7 @@ def _check_entry(e: dict) -> list[tuple[str, str]]:
         if not ok: wrong.append((what, mend))
     strings = lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v)
     want(isinstance(e.get("id"), (str, int)), "no 'id'", "Give every entry an id of its own.")
-    report = e.get("report", _MISSING)
+    report = e.get("report")
     want(isinstance(report, str), f"'report' is {type(report).__name__}, not text", "Make it a string.")
     want(not isinstance(report, str) or report.strip(), "empty report", "Remove the entry, or give its text.")
     paths = e.get("image_path")
@@ -251,6 +254,8 @@ def _check_entry(e: dict) -> list[tuple[str, str]]:
     for p in paths if strings(paths) else ():
         want(_inside(p), f"image path {p!r} leads out of the images' folder", "Paths are relative to it.")
     want(e.get("reports") is None or (strings(e["reports"]) and e["reports"]), "'reports' must be a list of texts", "List at least one.")
+    findings = e.get("findings")
+    want(findings is None or (isinstance(findings, list) and all(isinstance(f, dict) for f in findings)), "'findings' must be a list of objects", 'Write [{"type": "edema"}].')
     want(e.get("views") is None or (strings(e["views"]) and len(e["views"]) == len(paths or ())), "'views' must name one view an image", 'Write ["frontal", "lateral"].')
     return wrong
 
@@ -282,6 +287,7 @@ def _load_json(path: Path):
     except UnicodeDecodeError as e: said, mend = f"not UTF-8 (byte {e.start})", "Save it as UTF-8."
     except json.JSONDecodeError as e: said, mend = f"not valid JSON ({e.msg}, line {e.lineno})", "Fetch or write it again; it may be cut short."
     except OSError as e: said, mend = f"cannot be read ({e.strerror})", "Check that it is a file and may be read."
+    except (ValueError, RecursionError) as e: said, mend = f"not valid JSON ({e})", "Write it again, without endless nesting or numbers."
     raise DataError([Problem("", str(path), said, mend)])
 
 def _load_splits(path: Path) -> dict[str, list[dict]]:

@@ -1,0 +1,23 @@
+"Write README.md from nbs/index.ipynb: nbconvert's Markdown, pictures beside the notebook. With --check, only say whether it is so."
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import ExtractOutputPreprocessor, TagRemovePreprocessor, RegexRemovePreprocessor
+
+root = Path(__file__).resolve().parent.parent
+exporter = MarkdownExporter(preprocessors=[
+    RegexRemovePreprocessor(patterns=[r"#\|\s*(hide|default_exp)"]),
+    TagRemovePreprocessor(remove_input_tags={"remove_input"}),
+    ExtractOutputPreprocessor(output_filename_template="nbs/index_files/{cell_index}_{index}{extension}")])
+text, resources = exporter.from_notebook_node(nbformat.read(root/"nbs"/"index.ipynb", as_version=4))
+files = {root/"README.md": text.strip().encode() + b"\n"} | {root/name: data for name, data in resources["outputs"].items()}
+
+if "--check" in sys.argv:
+    stale = [str(p.relative_to(root)) for p, data in files.items() if not p.exists() or p.read_bytes() != data]
+    if stale: sys.exit(f"{', '.join(stale)} differ from what .ci/readme.py makes of nbs/index.ipynb: run it")
+else:
+    for p, data in files.items():
+        p.parent.mkdir(exist_ok=True)
+        p.write_bytes(data)

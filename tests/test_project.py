@@ -1,0 +1,83 @@
+"The project's own promises: requirements and pins agree, notebooks keep their form, nothing speaks of the machine it was made on."
+import ast
+import json
+import os
+import re
+from configparser import ConfigParser
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+root = Path(__file__).resolve().parent.parent
+parser = ConfigParser(delimiters=["="])
+parser.read(root/"settings.ini", encoding="utf-8")
+settings = parser["DEFAULT"]
+wanted = [Requirement(r) for key in ("requirements", "study_requirements", "dev_requirements") for r in settings[key].split()]
+pins = dict(re.findall(r"^ *- ([A-Za-z0-9_-]+)==(\S+)$", (root/"environment.yml").read_text(), re.M))
+notebooks = sorted((root/"nbs").glob("*.ipynb"))
+
+
+def source(cell): return "".join(cell["source"])
+
+
+def test_every_requirement_is_pinned_within_its_bounds():
+    assert {r.name for r in wanted} == set(pins)
+    assert [r.name for r in wanted if not r.specifier.contains(pins[r.name])] == []
+
+
+@pytest.mark.skipif("CVT2DISTILGPT2_PINNED" not in os.environ, reason="only CI installs the pinned versions")
+def test_the_pinned_versions_are_the_installed_ones():
+    assert {name: version(name).split("+")[0] for name in pins} == pins
+
+
+def test_every_import_is_a_requirement():
+    import sys
+    names = {"PIL": "pillow", "IPython": "ipython"}
+    known = {r.name for r in map(Requirement, settings["requirements"].split())}
+    for path in (root/"cvt2distilgpt2").glob("[a-z]*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                      [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names) - {"cvt2distilgpt2"}:
+                assert names.get(top, top) in known, f"{path.name} imports {top}, which settings.ini does not require"
+
+
+def test_modules_import_only_what_is_below_them():
+    order = [json.loads(p.read_text()) for p in notebooks]
+    order = [m[1] for nb in order for c in nb["cells"] if (m := re.match(r"#\|\s*default_exp (\w+)", source(c)))]
+    assert len(order) >= 9
+    for i, name in enumerate(order):
+        text = (root/"cvt2distilgpt2"/f"{name}.py").read_text()
+        used = set(re.findall(r"^from (?:cvt2distilgpt2)?\.(\w+) import", text, re.M)) | set(re.findall(r"^from (?:cvt2distilgpt2|\.) import (\w+)$", text, re.M))
+        assert used - {"__version__"} <= set(order[:i]), f"{name} imports what is above it"
+
+
+def test_exported_code_needs_no_development_tools():
+    for path in (root/"cvt2distilgpt2").glob("[a-z]*.py"):
+        assert not re.search(r"^\s*(from|import) (fastcore|nbdev|pytest)", path.read_text(), re.M), path.name
+
+
+@pytest.mark.parametrize("path", notebooks, ids=lambda p: p.stem)
+def test_notebook_form(path):
+    nb = json.loads(path.read_text())
+    code = [c for c in nb["cells"] if c["cell_type"] == "code" and source(c).strip()]
+    assert re.match(r"# .+\n\n> .+", source(nb["cells"][0]))
+    assert path.stat().st_size < 300 * 1024
+    assert max(sum(bool(l.strip()) for l in source(c).splitlines()) for c in code) <= 25
+    assert not [c for c in code if re.search(r"^#\|\s*(eval:\s*false|slow|notest)|nbdev_export\(", source(c), re.M)]
+    shown = json.dumps([c.get("outputs", []) for c in code])
+    assert not re.search(r"\d+%\||/tmp/|/work/|/root/|\"stderr\"|Traceback", shown), "progress bars, paths or errors in the outputs"
+    missing = [source(c)[:40] for c in code if c["execution_count"] is None and not source(c).lstrip().startswith("#|")]
+    assert not missing, "cells that were never run"
+
+
+@pytest.mark.parametrize("name", ["03_train", "04_results", "00d_data"])
+def test_parameters_are_fields_of_a_task(name):
+    from dataclasses import fields
+    from cvt2distilgpt2.tasks import Task
+    nb = json.loads((root/"nbs"/f"{name}.ipynb").read_text())
+    cell, = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    names = [n.target.id for n in ast.parse(source(cell)).body]
+    assert set(names) <= {f.name for f in fields(Task)} | {"task", "run", "init", "checkpoint"} and "task" in names
