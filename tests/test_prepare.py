@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from threadpoolctl import threadpool_info
 from trees import make_iu, make_mimic
 
-from cvt2distilgpt2.prepare import check_images, draw_demo, open_image, prepare, read_size, task_arguments
+from cvt2distilgpt2.prepare import _map_processes, check_images, draw_demo, open_image, prepare, read_size, task_arguments
 from cvt2distilgpt2.tasks import DataError, Study, get_task, read_annotation
 
 RAMP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (32, 1)) # (32, 64), from black to almost white
@@ -277,6 +278,15 @@ def test_processes_that_start_together_draw_once(tmp_path):
     assert [p.wait() for p in processes] == [0, 0, 0]
     draw_demo(demo(tmp_path/"b", n=30))
     assert everything(tmp_path/"a") == everything(tmp_path/"b")
+
+
+def threads(_):
+    np.ones((64, 64)) @ np.ones((64, 64))
+    return max(pool["num_threads"] for pool in threadpool_info())
+
+
+def test_drawing_processes_have_one_thread():
+    assert _map_processes(threads, [1, 2, 3], "") == [1, 1, 1]
 
 
 # the command line
