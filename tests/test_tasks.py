@@ -193,5 +193,5 @@ def test_installed_alone_the_project_is_the_working_directory(tmp_path):
     shutil.copytree(package, tmp_path/"site"/"cvt2distilgpt2", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path/"elsewhere").mkdir()
     said = subprocess.run([sys.executable, "-c", "from cvt2distilgpt2.tasks import project_root; print(project_root())"], text=True,
-                          capture_output=True, cwd=tmp_path/"elsewhere", env={**os.environ, "PYTHONPATH": str(tmp_path/"site")}).stdout
+                          capture_output=True, cwd=tmp_path/"elsewhere", env={**os.environ, "PYTHONPATH": str(tmp_path/"site"), "CVT2DISTILGPT2_HOME": ""}).stdout
     assert said.strip() == str(tmp_path/"elsewhere")
