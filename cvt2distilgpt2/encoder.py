@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CVT_CONFIGS', 'HUB_NAMES', 'default_cfgs', 'PatchEmbed', 'conv_projection', 'Attention', 'Block', 'frozen_statistics',
-           'run_checkpointed', 'Stage', 'CvTConfig', 'build_stage', 'init_weights', 'CvT', 'count_parameters',
-           'from_hub_names', 'load_exactly', 'read_tensors', 'check_source', 'find_weights', 'from_hub_config',
-           'recognise_config', 'load_cvt', 'pretrained_cfg', 'create_cvt', 'register', 'cvt_13', 'cvt_21', 'cvt_w24',
-           'cvt_demo']
+           'run_checkpointed', 'Stage', 'CvTConfig', 'build_stage', 'remove_means', 'init_weights', 'CvT',
+           'count_parameters', 'from_hub_names', 'load_exactly', 'read_tensors', 'check_source', 'find_weights',
+           'from_hub_config', 'recognise_config', 'load_cvt', 'pretrained_cfg', 'create_cvt', 'register', 'cvt_13',
+           'cvt_21', 'cvt_w24', 'cvt_demo']
 
 # %% ../nbs/01a_encoder.ipynb #01a-002
 import re
@@ -195,7 +195,16 @@ def build_stage(
     blocks = [Block(width, config.heads[i], config.kv_strides[i], config.mlp_ratio, drop, config.activation) for drop in ramp]
     return Stage(embed, blocks, width, config.cls_tokens[i])
 
-# %% ../nbs/01a_encoder.ipynb #01a-047
+# %% ../nbs/01a_encoder.ipynb #01a-048
+def remove_means(
+    weight: Tensor,      # of a convolution, (out, in, height, width); changed in place
+    kept: float = 1 / 6, # share of the filters that keep their mean
+):
+    "Make fresh filters blind to the brightness of a patch, but for the first ones."
+    blind = weight.data[round(kept * len(weight)):]
+    blind -= blind.mean((1, 2, 3), keepdim=True)
+
+# %% ../nbs/01a_encoder.ipynb #01a-053
 def init_weights(
     module: nn.Module, # any part of a CvT; called on each by `apply`
     std: float,        # standard deviation
@@ -206,7 +215,7 @@ def init_weights(
         nn.init.zeros_(module.bias)
     if isinstance(module, Stage) and module.cls_token is not None: trunc_normal_(module.cls_token, std=std)
 
-# %% ../nbs/01a_encoder.ipynb #01a-049
+# %% ../nbs/01a_encoder.ipynb #01a-055
 class CvT(nn.Module):
     "Convolutional vision transformer (Wu et al., 2021), under the names of Microsoft's checkpoints."
     def __init__(self,
@@ -220,6 +229,7 @@ class CvT(nn.Module):
         self.norm = nn.LayerNorm(self.num_features) if num_classes else nn.Identity()
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.apply(partial(init_weights, std=config.initializer_range))
+        remove_means(self.stage0.patch_embed.proj.weight)
 
     def forward_map(self, x: Tensor) -> tuple[Tensor, Tensor]: # last map (B, C, h, w), class tokens (B, 0 or 1, C)
         for i in range(len(self.config.widths)): x, cls = getattr(self, f"stage{i}")(x)
@@ -236,12 +246,12 @@ class CvT(nn.Module):
         for module in self.modules():
             if isinstance(module, Stage): module.gradient_checkpointing = enable
 
-# %% ../nbs/01a_encoder.ipynb #01a-051
+# %% ../nbs/01a_encoder.ipynb #01a-057
 def count_parameters(module: nn.Module) -> int: # a shared parameter counts once
     "Count the parameters of `module`."
     return sum(p.numel() for p in module.parameters())
 
-# %% ../nbs/01a_encoder.ipynb #01a-056
+# %% ../nbs/01a_encoder.ipynb #01a-062
 HUB_NAMES = {  # what transformers says: what Microsoft says, in this order
     r"^(cvt\.)?encoder\.stages\.(\d+)\.": r"stage\2.",
     r"^layernorm\.": "norm.",
@@ -263,7 +273,7 @@ HUB_NAMES = {  # what transformers says: what Microsoft says, in this order
     r"\.output\.dense\.": ".mlp.fc2.",
 }
 
-# %% ../nbs/01a_encoder.ipynb #01a-057
+# %% ../nbs/01a_encoder.ipynb #01a-063
 def from_hub_names(
     weights: dict[str, Tensor], # named as `transformers` or as Microsoft does
     model: nn.Module = None,    # unused: timm passes it
@@ -274,7 +284,7 @@ def from_hub_names(
         return name
     return {rename(name): tensor for name, tensor in weights.items()}
 
-# %% ../nbs/01a_encoder.ipynb #01a-060
+# %% ../nbs/01a_encoder.ipynb #01a-066
 def load_exactly(
     module: nn.Module,          # gets the weights
     weights: dict[str, Tensor], # by the names of `module`
@@ -293,7 +303,7 @@ def load_exactly(
         raise ValueError(f"{source} does not fit the model: {listed}")
     module.load_state_dict(weights)
 
-# %% ../nbs/01a_encoder.ipynb #01a-062
+# %% ../nbs/01a_encoder.ipynb #01a-068
 def read_tensors(
     path: str | Path,    # `.safetensors`, or what `torch.save` wrote
 ) -> dict[str, Tensor]:  # on the CPU
@@ -304,7 +314,7 @@ def read_tensors(
     except Exception as error: # a damaged file raises what it likes
         raise ValueError(f"{path} cannot be read as weights: is it whole, and a file of tensors alone? ({error})") from error
 
-# %% ../nbs/01a_encoder.ipynb #01a-063
+# %% ../nbs/01a_encoder.ipynb #01a-069
 def check_source(
     source: str | Path, # file, folder or hub name
 ):
@@ -312,7 +322,7 @@ def check_source(
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) and not re.search(r"\.(pth?|ckpt|bin|safetensors)$", str(source))
     if not Path(source).exists() and not is_hub_name: raise FileNotFoundError(f"{source} does not exist")
 
-# %% ../nbs/01a_encoder.ipynb #01a-065
+# %% ../nbs/01a_encoder.ipynb #01a-071
 def find_weights(
     source: str | Path, # hub name or folder
 ) -> str:               # path of the weights' file
@@ -324,7 +334,7 @@ def find_weights(
     why = "" if Path(source).is_dir() else ": it is no folder, and neither the hub nor its cache has it (is this machine offline?)"
     raise OSError(f"found neither model.safetensors nor pytorch_model.bin in {source}{why}")
 
-# %% ../nbs/01a_encoder.ipynb #01a-067
+# %% ../nbs/01a_encoder.ipynb #01a-073
 def from_hub_config(hub: CvtConfig) -> CvTConfig:
     "Translate the sizes of a `transformers` CvT."
     return CvTConfig(widths=hub.embed_dim, depths=hub.depth, heads=hub.num_heads, kernels=hub.patch_sizes,
@@ -343,7 +353,7 @@ def recognise_config(
         if (config.widths, config.depths) == (widths, depths): return config
     raise ValueError(f"{source} has stages of width {widths} and depth {depths}, which is none of {', '.join(CVT_CONFIGS)}")
 
-# %% ../nbs/01a_encoder.ipynb #01a-068
+# %% ../nbs/01a_encoder.ipynb #01a-074
 def load_cvt(
     source: str | Path, # hub name, folder of a `transformers` CvT, or Microsoft's `.pth`
 ) -> CvT:               # without the final norm and the classifier, ready for inference
@@ -355,7 +365,7 @@ def load_cvt(
     load_exactly(model, {name: t for name, t in weights.items() if not name.startswith(("norm.", "head."))}, source)
     return model.eval()
 
-# %% ../nbs/01a_encoder.ipynb #01a-079
+# %% ../nbs/01a_encoder.ipynb #01a-085
 def pretrained_cfg(size: int, **kwargs) -> dict: # input side in pixels; where the weights are
     "Describe to timm what a CvT takes."
     return {"input_size": (3, size, size), "num_classes": 1000, "interpolation": "bicubic", "crop_pct": 1.0,
@@ -370,7 +380,7 @@ default_cfgs = generate_default_cfgs({
     "cvt_demo.untrained": pretrained_cfg(112, hf_hub_filename=None),
 })
 
-# %% ../nbs/01a_encoder.ipynb #01a-080
+# %% ../nbs/01a_encoder.ipynb #01a-086
 def create_cvt(
     name: str,                # one of `CVT_CONFIGS`
     pretrained: bool = False, # load the published weights from the hub?
@@ -388,7 +398,7 @@ def register(entrypoint):
         warnings.filterwarnings("ignore", "Overwriting .* in registry")
         return register_model(entrypoint)
 
-# %% ../nbs/01a_encoder.ipynb #01a-081
+# %% ../nbs/01a_encoder.ipynb #01a-087
 @register
 def cvt_13(pretrained: bool = False, **kwargs) -> CvT:
     "CvT-13: 20 M parameters."
