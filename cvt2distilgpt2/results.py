@@ -6,7 +6,8 @@
 __all__ = ['OF_DATA', 'WRITERS', 'SHUFFLES', 'find_run', 'as_trained', 'results_folder', 'Evaluation', 'open_evaluation',
            'generate_reports', 'image_features', 'nearest_reports', 'weights_hash', 'made_with', 'reports_once',
            'all_reports', 'system_statistics', 'protocol', 'score_table', 'with_interval', 'readable',
-           'diversity_table', 'finding_table', 'degeneracy', 'summary', 'write_results', 'evaluate', 'main']
+           'diversity_table', 'finding_table', 'readable_findings', 'degeneracy', 'summary', 'write_results',
+           'evaluate', 'main']
 
 # %% ../nbs/04_results.ipynb #04-004
 import hashlib
@@ -33,7 +34,7 @@ from .metrics import METRICS, Meteor, bootstrap_interval, constant_report, diver
 from .model import CvT2DistilGPT2
 from .phantom import FINDINGS, Finding, finding_scores, parse_report
 from .prepare import prepare, task_arguments
-from .tasks import Study, Task, check_task, project_root, task_parameters
+from .tasks import DataError, Study, Task, check_task, project_root, task_parameters
 from .train import finding_targets, has_drawn_findings, latest_run, load_model, make_dataset, run_facts, write_predictions
 
 # %% ../nbs/04_results.ipynb #04-011
@@ -117,6 +118,7 @@ def open_evaluation(
     model = load_model(checkpoint, task.decoder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if model.tokenizer is None: raise ValueError(f"{checkpoint} carries no tokenizer, so it cannot write")
     task = as_trained(task, model, run, given)
+    if model.device.type == "cpu": task = replace(task, precision="fp32") # as it will be
     studies = prepare(task)
     _check_studies(task, studies)
     return Evaluation(task, checkpoint, model, studies, make_labels(task, [s.report for s in studies["train"]]), results_folder(task, checkpoint, run))
@@ -130,10 +132,9 @@ def _batches(evaluation: Evaluation, studies: list[Study], text: str) -> Iterato
     for batch in tqdm(loader, text, leave=False): yield {name: tensor.to(evaluation.model.device) for name, tensor in batch.items()}
 
 def _autocast(evaluation: Evaluation) -> torch.autocast:
-    "Compute in the task's precision on a GPU, in float32 on a CPU."
-    device, precision = evaluation.model.device.type, evaluation.task.precision
-    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
-    return torch.autocast(device, kind, enabled=device == "cuda" and kind is not None)
+    "Compute in the task's precision, which `open_evaluation` sets to float32 on a CPU."
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(evaluation.task.precision)
+    return torch.autocast(evaluation.model.device.type, kind, enabled=kind is not None)
 
 # %% ../nbs/04_results.ipynb #04-030
 @torch.no_grad()
@@ -325,7 +326,16 @@ def finding_table(
     chance = [finding_scores(shuffled(generated, seed), truth).f1 for seed in range(SHUFFLES if len(generated) > 1 else 0)]
     return table.assign(f1_placed=finding_scores(generated, truth, detail=True).f1, f1_shuffled=sum(chance)/len(chance) if chance else np.nan)
 
-# %% ../nbs/04_results.ipynb #04-079
+# %% ../nbs/04_results.ipynb #04-071
+def readable_findings(
+    findings: pd.DataFrame, # from `finding_table`
+) -> pd.DataFrame: # a row a finding
+    "Write finding scores as a table to be read."
+    table = findings[["support", "predicted"]].copy()
+    for name in ("precision", "recall", "f1"): table[name] = [with_interval(*row) for row in findings[[name, f"{name}_low", f"{name}_high"]].to_numpy()]
+    return table.join(findings[["f1_placed", "f1_shuffled"]].round(3))
+
+# %% ../nbs/04_results.ipynb #04-080
 def degeneracy(
     scores: pd.DataFrame,    # from `score_table`
     diversity: pd.DataFrame, # from `diversity_table`
@@ -341,7 +351,7 @@ def degeneracy(
                        f"get on other patients, {cider.score['shuffled over patients']:.3f}")
     return reasons
 
-# %% ../nbs/04_results.ipynb #04-083
+# %% ../nbs/04_results.ipynb #04-084
 def _of_scores(scores: pd.DataFrame) -> str:
     "Say how the model's CIDEr stands to its controls."
     cider = scores[(scores.metric == "cider") & (scores.source == "this test")].set_index("system")
@@ -361,7 +371,7 @@ def _of_reports(diversity: pd.DataFrame, reasons: list[str]) -> str:
     if reasons: return f"{said} **This model is degenerate**: {'; '.join(reasons)}. Its scores say little about its reading of images."
     return f"{said} That, and a CIDEr above that of the same reports on other patients, say that the reports depend on the image."
 
-# %% ../nbs/04_results.ipynb #04-084
+# %% ../nbs/04_results.ipynb #04-085
 def _of_findings(findings: pd.DataFrame | None) -> str:
     "Say how well drawn findings are reported."
     if findings is None: return "Whether the findings are right is not measured here: overlap of words hardly notices a wrong side or a missed finding."
@@ -371,7 +381,7 @@ def _of_findings(findings: pd.DataFrame | None) -> str:
     return (f"Of the findings drawn, micro-F1 is {with_interval(micro.f1, micro.f1_low, micro.f1_high)}, with side and place {micro.f1_placed:.3f}; "
             f"shuffled over patients {micro.f1_shuffled:.3f}; {extremes}. Phantoms are drawings: nothing follows from them for patients.")
 
-# %% ../nbs/04_results.ipynb #04-085
+# %% ../nbs/04_results.ipynb #04-086
 def summary(
     task: Task,
     scores: pd.DataFrame,           # from `score_table`
@@ -386,7 +396,7 @@ def summary(
     parts = head, _of_scores(scores), _of_reports(diversity, degeneracy(scores, diversity)), _of_findings(findings), small, limits
     return " ".join(filter(None, parts))
 
-# %% ../nbs/04_results.ipynb #04-090
+# %% ../nbs/04_results.ipynb #04-091
 def _records(table: pd.DataFrame) -> list[dict]:
     "Turn a table into what JSON can hold: NaN becomes null."
     return json.loads(table.to_json(orient="records"))
@@ -406,7 +416,7 @@ def write_results(
     _write_json(path, json.loads(path.read_text()) | results)
     return path
 
-# %% ../nbs/04_results.ipynb #04-095
+# %% ../nbs/04_results.ipynb #04-096
 def evaluate(
     evaluation: Evaluation,
 ) -> str: # scores and summary, to be printed
@@ -416,13 +426,15 @@ def evaluate(
     counts = diversity_table(evaluation, reports)
     findings = finding_table(list(reports.generated), test) if has_drawn_findings(test) else None
     path = write_results(evaluation, scores, counts, findings)
-    tables = [readable(scores).drop(columns="protocol").T, counts.T, *([] if findings is None else [findings.iloc[:, :5]])]
+    tables = [readable(scores).drop(columns="protocol").T, counts.T, *([] if findings is None else [readable_findings(findings)])]
     return "\n\n".join([*(t.round(3).to_string() for t in tables), summary(evaluation.task, scores, counts, findings), f"{path}"])
 
 def main(argv: list[str] | None = None) -> None:
-    "Test from the command line: `python -m cvt2distilgpt2.results --task NAME [--checkpoint PATH] [--field value]`."
+    "Test from the command line: `python -m cvt2distilgpt2.results --task NAME [--checkpoint PATH] [--field value]`; ends with a message if something is missing."
     task, extra = task_arguments(argv, extra=("checkpoint",))
     given = {word[2:].split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
-    print(evaluate(open_evaluation(task, extra["checkpoint"], given)))
+    try: evaluation = open_evaluation(task, extra["checkpoint"], given)
+    except (DataError, OSError) as e: sys.exit(str(e))
+    print(evaluate(evaluation))
 
 if __name__ == "__main__" and "__file__" in globals(): main() # not in the notebook
