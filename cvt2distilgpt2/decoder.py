@@ -101,7 +101,9 @@ def decoder_config(
         pad_token_id=vocab_size - 1, **settings)
 
 
-DEMO_DECODER = {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 256, "initializer_range": 0.06}
+DEMO_DECODER = {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 256, "initializer_range": 0.06,
+    "activation_function": "gelu_pytorch_tanh",  # the same function as GPT-2's, in one operation
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}  # few epochs of much data: dropout would only cost time
 
 # %% ../nbs/01b_decoder.ipynb #01b-035
 def is_cross_attention(

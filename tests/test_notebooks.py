@@ -1,0 +1,95 @@
+"Every notebook runs from top to bottom; the task notebooks run by papermill, small, and refuse bad input at once."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+
+from cvt2distilgpt2.tasks import Study, write_annotation
+
+root = Path(__file__).resolve().parent.parent
+TASK_NOTEBOOKS = ("index", "00d_data", "03_train", "04_results")
+quiet = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+small = dict(n_train=64, n_val=12, n_test=24, warm_start=1, epochs=1)
+
+
+def papermill(name: str, out: Path, home: Path, cwd: Path = root, **parameters) -> subprocess.CompletedProcess:
+    "Run a notebook as a user does, with data and runs in `home`."
+    words = [w for n, v in parameters.items() for w in ("-p", n, str(v))]
+    command = [sys.executable, "-m", "papermill", str(root/"nbs"/f"{name}.ipynb"), str(out), *words]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **quiet, "CVT2DISTILGPT2_HOME": str(home)},
+                          capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    "A place with a small finished run of the demo, its test, and the executed notebooks."
+    home = tmp_path_factory.mktemp("home")
+    for name, given in (("03_train", small), ("04_results", dict(n_test=24))):
+        done = papermill(name, home/f"{name}.ipynb", home, **given)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return home
+
+
+@pytest.mark.parametrize("path", [p for p in sorted((root/"nbs").glob("*.ipynb")) if p.stem not in TASK_NOTEBOOKS], ids=lambda p: p.stem)
+def test_notebook_runs(path, monkeypatch):
+    for n, v in quiet.items(): monkeypatch.setenv(n, v)
+    NotebookClient(nbformat.read(path, as_version=4), timeout=600, resources={"metadata": {"path": str(root/"nbs")}}).execute()
+
+
+def test_train_leaves_a_whole_run(home):
+    run = home/"runs"/"demo"/(home/"runs"/"demo"/"latest").read_text()
+    assert {p.name for p in run.iterdir()} >= {"model", "config.json", "metrics.json", "predictions_val.csv", "predictions_test.csv", "logs"}
+    assert {p.name for p in (run/"model").iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json", "README.md"}
+    metrics = json.loads((run/"metrics.json").read_text())
+    assert {"code", "data", "seed", "versions", "hardware", "val", "history"} <= set(metrics)
+
+
+def test_executed_training_shows_curves_table_and_reports(home):
+    cells = nbformat.read(home/"03_train.ipynb", as_version=4).cells
+    kinds = [kind for c in cells for o in c.get("outputs", ()) for kind in o.get("data", ())]
+    assert kinds.count("image/png") >= 2 and kinds.count("text/html") >= 3
+
+
+@pytest.mark.parametrize("name", ["index", "00d_data"])
+def test_notebook_on_the_demo(name, home, tmp_path):
+    given = {} if name == "index" else dict(n_train=64, n_val=12, n_test=24)
+    done = papermill(name, tmp_path/"out.ipynb", home, cwd=root/"nbs", **given)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="session")
+def broken(tmp_path_factory) -> Path:
+    "Two folders as tasks: one with a damaged image, one whose annotation names a file that is not there."
+    top = tmp_path_factory.mktemp("broken")
+    for name in ("damaged", "missing"):
+        (top/name/"images").mkdir(parents=True)
+        for i in "abc": Image.new("L", (64, 64), 100).save(top/name/"images"/f"{i}.png")
+        write_annotation([Study(i, "Lungs are clear.", (f"{i}.png",), s) for i, s in zip("abc", ("train", "val", "test"))], top/name/"annotation.json")
+    (top/"damaged"/"images"/"b.png").write_bytes((top/"damaged"/"images"/"b.png").read_bytes()[:60])
+    (top/"missing"/"images"/"c.png").unlink()
+    return top
+
+
+@pytest.mark.parametrize("given, said", [
+    (dict(task="mimic_cxr"), ["mimic_cxr_chen/annotation.json", "mimic-cxr-jpg/2.0.0/files", "PhysioNet"]),
+    (dict(task="iu_x_ray"), ["iu_x-ray_chen/annotation.json", "iu_x-ray_chen/images", "Open-i"]),
+    (dict(task="mimic"), ["unknown task 'mimic'", "demo, mimic_cxr, iu_x_ray"]),
+    (dict(task="demo", epoch=3), ["unknown parameter 'epoch'", "did you mean 'epochs'?"]),
+    (dict(task="{broken}/damaged"), ["b.png", "1 problem in the data"]),
+    (dict(task="{broken}/missing"), ["c.png", "1 problem in the data"]),
+], ids=["mimic_cxr", "iu_x_ray", "task", "parameter", "damaged", "missing"])
+def test_bad_input_ends_training_at_once(given, said, broken, tmp_path):
+    given = {n: str(v).format(broken=broken) for n, v in given.items()}
+    done = papermill("03_train", tmp_path/"out.ipynb", tmp_path, **given)
+    assert done.returncode != 0
+    assert [s for s in said if s not in done.stderr] == []
+    cells = nbformat.read(tmp_path/"out.ipynb", as_version=4).cells
+    assert sum(c.cell_type == "code" and bool(c.execution_count) for c in cells) <= 9, "it went on to the model"
+    assert not (tmp_path/"runs").exists()

@@ -1,0 +1,239 @@
+"Training: the recipe to the letter, a whole run, resumption to the same weights, the published layouts, several processes, real studies."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CvtConfig, CvtForImageClassification, GPT2Config, GPT2LMHeadModel
+
+from cvt2distilgpt2 import train as training
+from cvt2distilgpt2.data import make_labels
+from cvt2distilgpt2.decoder import load_tokenizer
+from cvt2distilgpt2.phantom import draw, sample_phantom
+from cvt2distilgpt2.tasks import Study, get_task, open_task, write_annotation
+from cvt2distilgpt2.train import (_batch_plan, load_model, make_model, make_trainer, run_folder, train)
+from trees import make_iu, make_mimic
+
+torch.set_num_threads(1)
+quick = dict(model="small", resize=66, image_size=64, batch_size=8, device_batch=8, epochs=2, warm_start=0, val_beams=1, max_length=48,
+             lr=1e-3, encoder_lr=1e-3, workers=0)
+
+
+def draw_folder(folder: Path, n: int = 24) -> Path:
+    "Make a folder task of a few phantoms; the first training study has a lateral view, too."
+    for i in range(n):
+        phantom, split = sample_phantom(10**6 + i), "train" if i < n - 8 else "val" if i < n - 4 else "test"
+        views = ("frontal", "lateral") if i == 0 else ("frontal",)
+        for view in views:
+            path = folder/"images"/f"s{i}"/f"{view}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw(phantom, view=view, size=66)).save(path)
+        entry = Study(f"s{i}", phantom.report, tuple(f"s{i}/{v}.png" for v in views), split, findings=tuple(asdict(f) for f in phantom.findings))
+        yield entry
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("task")/"phantoms"
+    write_annotation(list(draw_folder(path)), path/"annotation.json")
+    return path
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("CVT2DISTILGPT2_HOME", str(tmp_path))
+    return tmp_path
+
+
+# the recipe
+
+@pytest.mark.parametrize("name", ["mimic_cxr", "iu_x_ray"])
+@pytest.mark.parametrize("recipe, encoder_lr, lr, beams", [("released", 1e-5, 1e-4, 4), ("public", 5e-5, 5e-4, 1)])
+def test_published_recipe_reaches_the_trainer(name, recipe, encoder_lr, lr, beams, folder, home):
+    task = replace(get_task(name, recipe=recipe), annotation=str(folder/"annotation.json"), images=str(folder/"images"), profile="raw",
+                   model="small", resize=66, image_size=64)
+    studies = open_task(task)
+    trainer = make_trainer(make_model(task, ["a"]), task, studies, home)
+    trainer.create_optimizer_and_scheduler(100)
+    groups = trainer.optimizer.param_groups
+    assert type(trainer.optimizer) is torch.optim.AdamW
+    assert [g["lr"] for g in groups] == [encoder_lr, lr]
+    assert {(g["weight_decay"], g["betas"], g["eps"]) for g in groups} == {(0.01, (0.9, 0.999), 1e-8)}
+    assert set(groups[0]["params"]) == set(trainer.model.encoder.parameters())
+    assert {p for g in groups for p in g["params"]} == set(trainer.model.parameters())
+    for _ in range(50): trainer.lr_scheduler.step()
+    assert [g["lr"] for g in groups] == [encoder_lr, lr]  # no schedule
+    args = trainer.args
+    assert args.max_grad_norm == 0 and args.label_smoothing_factor == 0 and args.warmup_steps == 0
+    assert args.per_device_train_batch_size*args.gradient_accumulation_steps == 16 and args.per_device_train_batch_size == 4
+    assert args.generation_num_beams == beams and args.generation_max_length == 128 and args.predict_with_generate
+    assert args.metric_for_best_model == "cider" and args.greater_is_better and args.load_best_model_at_end
+    stop, = [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "EarlyStoppingCallback"]
+    assert (stop.early_stopping_patience, stop.early_stopping_threshold) == (10, 1e-4)
+    assert not {type(c).__name__ for c in trainer.callback_handler.callbacks} & {"WandbCallback", "MLflowCallback", "CometCallback"}
+
+
+@pytest.mark.parametrize("devices, each, steps", [(1, 4, 4), (2, 4, 2), (4, 4, 1), (8, 2, 1), (16, 1, 1)])
+def test_batch_is_16_over_all_devices(devices, each, steps):
+    plan = _batch_plan(get_task("mimic_cxr"), devices)
+    assert (plan["per_device_train_batch_size"], plan["gradient_accumulation_steps"]) == (each, steps)
+
+
+def test_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="batch_size 16 does not divide into 3 devices"): _batch_plan(get_task("mimic_cxr"), 3)
+
+
+# a run
+
+def test_run_is_whole_and_never_sees_the_test_split(folder, home, monkeypatch):
+    seen, original = [], training.ReportDataset
+    monkeypatch.setattr(training, "ReportDataset", lambda studies, *a, **k: seen.extend(studies) or original(studies, *a, **k))
+    task = get_task(str(folder), **{**quick, "warm_start": 1})
+    run = train(task, run="one")
+    assert {s.split for s in seen} == {"train", "val"}
+    assert json.loads((run/"config.json").read_text()) == asdict(task)
+    metrics = json.loads((run/"metrics.json").read_text())
+    assert metrics["seed"] == 0 and metrics["data"]["train"] == 16 and len(metrics["data"]["annotation_sha256"]) == 64
+    assert metrics["versions"]["torch"] == torch.__version__ and metrics["hardware"]["cores"] and metrics["code"].startswith("0.")
+    assert {"bleu_4", "rouge_l", "cider", "finding_f1"} == set(metrics["val"])
+    predictions = pd.read_csv(run/"predictions_val.csv", keep_default_na=False)
+    assert list(predictions.columns) == ["id", "reference", "generated"] and list(predictions.id) == ["s16", "s17", "s18", "s19"]
+    assert (run.parent/"latest").read_text() == "one" and not (run/"checkpoints").exists() and list((run/"logs").glob("events*"))
+    card = (run/"model"/"README.md").read_text()
+    assert "Not for clinical use" in card and f"{metrics['val']['cider']}" in card and "encoder_lr" in card
+    model = load_model(run)
+    assert (model.image_processor.resize, model.image_processor.image_size, model.generation_config.max_length) == (66, 64, 48)
+    with pytest.raises(FileExistsError, match="is finished"): train(task, run="one")
+
+
+def test_predictions_are_those_of_the_saved_model(folder, home):
+    run = train(get_task(str(folder), **quick), run="one")
+    model, predictions = load_model(run), pd.read_csv(run/"predictions_val.csv", keep_default_na=False)
+    assert model.report([folder/"images"/i/"frontal.png" for i in predictions.id], num_beams=1) == list(predictions.generated)
+
+
+def test_early_stopping(folder, home):
+    run = train(get_task(str(folder), **{**quick, "epochs": 30, "patience": 1, "lr": 1e-9, "encoder_lr": 1e-9}), run="one")
+    evaluations = [h for h in json.loads((run/"metrics.json").read_text())["history"] if "eval_loss" in h]
+    assert len(evaluations) == 2  # the first is the best, the second no better
+
+
+def test_run_with_other_settings_or_a_path_as_name_is_refused(folder, home):
+    task = get_task(str(folder), **quick)
+    run_folder(task, "one")
+    assert run_folder(task, "one").name == "one"
+    with pytest.raises(ValueError, match="begun with other settings .*'lr': \\(0.001, 0.002\\)"): run_folder(replace(task, lr=2e-3), "one")
+    for name in ("../one", "a/b", ".."):
+        with pytest.raises(ValueError, match="plain name"): run_folder(task, name)
+
+
+def test_init_starts_from_a_run(folder, home):
+    task = get_task(str(folder), **quick)
+    run = train(task, run="one")
+    saved = load_file(run/"model"/"model.safetensors")
+    for place in (run, run/"model"):
+        state = make_model(task, [], place).state_dict()
+        assert all(torch.equal(state[n], saved[n]) for n in saved)
+    with pytest.raises(FileNotFoundError, match="holds no model"): load_model(folder)
+    again = train(replace(task, epochs=1), run="two", init=run)
+    assert json.loads((again/"metrics.json").read_text())["init"] == str(run)
+
+
+def command(task: Path, run: str, *more: str) -> list[str]:
+    words = [w for n, v in {**quick, "epochs": 3}.items() for w in (f"--{n}", str(v))]
+    return ["-m", "cvt2distilgpt2.train", "--task", str(task), "--run", run, *words, *more]
+
+
+def test_killed_run_resumes_to_the_same_weights(folder, home):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CVT2DISTILGPT2_HOME": str(home)}
+    runs = home/"runs"/"phantoms"
+    subprocess.run([sys.executable, *command(folder, "whole")], env=environment, check=True, capture_output=True, timeout=300)
+    process = subprocess.Popen([sys.executable, *command(folder, "killed")], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    until = time.time() + 300
+    while time.time() < until and not list((runs/"killed"/"checkpoints").glob("checkpoint-*/trainer_state.json")): time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (runs/"killed"/"metrics.json").exists()
+    subprocess.run([sys.executable, *command(folder, "killed")], env=environment, check=True, capture_output=True, timeout=300)
+    whole, resumed = (load_file(runs/name/"model"/"model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+    assert (runs/"whole"/"predictions_val.csv").read_text() == (runs/"killed"/"predictions_val.csv").read_text()
+
+
+@pytest.mark.full
+def test_two_processes_train_one_run(folder, home):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CVT2DISTILGPT2_HOME": str(home), "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command(folder, "two")]
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = home/"runs"/"phantoms"/"two"
+    metrics = json.loads((run/"metrics.json").read_text())
+    assert metrics["hardware"]["processes"] == 2
+    predictions = pd.read_csv(run/"predictions_val.csv", keep_default_na=False)
+    assert list(predictions.id) == ["s16", "s17", "s18", "s19"]  # each study once, in order
+    model = load_model(run)
+    assert model.report([folder/"images"/i/"frontal.png" for i in predictions.id], num_beams=1) == list(predictions.generated)
+
+
+# the published layouts
+
+@pytest.mark.parametrize("name, make, views", [("mimic_cxr", make_mimic, 1), ("iu_x_ray", make_iu, 2)])
+def test_published_tasks_run_on_their_layouts(name, make, views, home):
+    make(home/"data")
+    task = get_task(name, **{**quick, "epochs": 1})
+    run = train(task, run="one")
+    label = make_labels(task, [s.report for s in open_task(task)["train"]])
+    predictions = pd.read_csv(run/"predictions_val.csv", keep_default_na=False)
+    assert list(predictions.reference) == [label(s.report) for s in open_task(task)["val"]]
+    assert all(len(s.image_path) == views for s in open_task(task)["train"])
+
+
+# real studies
+
+@pytest.fixture
+def pairs(test_data) -> Path:
+    return test_data/"cxr_pairs"
+
+
+def test_real_studies_train_by_path(pairs, home):
+    task = get_task(str(pairs), **{**quick, "epochs": 1, "batch_size": 10, "device_batch": 10})
+    run = train(task, run="one")
+    assert len(pd.read_csv(run/"predictions_val.csv")) == 7 and json.loads((run/"metrics.json").read_text())["data"]["train"] == 50
+
+
+@pytest.mark.full
+def test_real_training_reports_are_written_back(pairs, home):
+    "An overfit test: it shows that images reach the words, not that the model has learned anything of use."
+    task = get_task(str(pairs), model="small", resize=132, image_size=128, rotation=0.0, batch_size=10, device_batch=10, epochs=300, patience=300,
+                    lr=1.5e-3, encoder_lr=1.5e-3, schedule="cosine", clip=1.0, val_beams=1, workers=0, max_length=192, n_val=1)
+    torch.set_num_threads(2)
+    model, train_studies = load_model(train(task, run="overfit")), open_task(task)["train"]
+    reports = model.report([[pairs/"images"/p for p in s.image_path] for s in train_studies], num_beams=1, max_length=192)
+    exact = sum(r == s.report.strip() for r, s in zip(reports, train_studies))
+    assert exact >= 48, f"{exact} of 50"
+
+
+@pytest.mark.full
+def test_full_size_model_trains_on_real_studies(pairs, test_data, home, tmp_path):
+    "CvT-21 and DistilGPT2 in their own sizes, from folders as the hub has them, with random weights; 20 steps at 384 pixels."
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    CvtForImageClassification(CvtConfig(depth=[1, 4, 16])).save_pretrained(tmp_path/"cvt")
+    GPT2LMHeadModel(GPT2Config(n_layer=6)).save_pretrained(tmp_path/"gpt2")
+    load_tokenizer(test_data/"gpt2_bpe").save_pretrained(tmp_path/"gpt2")
+    task = get_task(str(pairs), encoder=str(tmp_path/"cvt"), decoder=str(tmp_path/"gpt2"), n_train=40, n_val=2, batch_size=2, device_batch=2,
+                    epochs=1, val_beams=1, max_length=64, workers=0)
+    run = train(task, run="full")
+    metrics = json.loads((run/"metrics.json").read_text())
+    assert metrics["best_step"] == 20 and all(np.isfinite(h["eval_loss"]) for h in metrics["history"] if "eval_loss" in h)
+    assert load_model(run).num_parameters() == 127_629_376
