@@ -255,6 +255,9 @@ def test_nearest_study(task, run):
     mixed = image_features(replace(evaluation, task=replace(evaluation.task, device_batch=3)), [*twice, *train])    # one and two views in a batch
     assert torch.allclose(mixed[:6], mixed[6::2], atol=1e-5)
     assert torch.allclose(mixed[6:], image_features(evaluation, train), atol=1e-5)
+    pairs = [replace(a, image_path=a.image_path + b.image_path) for a, b in (train[:2], train[1::-1])]    # every token counts, their order does not
+    first, second = image_features(evaluation, pairs)
+    assert torch.allclose(first, second, atol=1e-5) and not torch.allclose(first, mixed[6], atol=1e-4)
 
 
 def test_shuffles_are_averaged(task, run, monkeypatch):
