@@ -224,8 +224,7 @@ class CvT(nn.Module):
         in_chans: int = 3):      # channels of the image
         super().__init__()
         self.config, self.num_classes, self.num_features = config, num_classes, config.widths[-1]
-        for i, inputs in enumerate((in_chans, *config.widths[:-1])):
-            self.add_module(f"stage{i}", build_stage(config, i, inputs))
+        for i, inputs in enumerate((in_chans, *config.widths[:-1])): self.add_module(f"stage{i}", build_stage(config, i, inputs))
         self.norm = nn.LayerNorm(self.num_features) if num_classes else nn.Identity()
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.apply(partial(init_weights, std=config.initializer_range))

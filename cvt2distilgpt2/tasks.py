@@ -101,7 +101,7 @@ DEMO = Task(
     image_size=112,
     rotation=0.0,        # phantoms are drawn rotated already
     model="small", beams=4, max_length=96,
-    lr=1.5e-3,           # from scratch, so a high rate
+    lr=2e-3,             # from scratch, so a high rate
     encoder_lr=3e-4,     # after its warm start, so a lower one
     schedule="cosine", warmup=100, clip=1.0,
     batch_size=16, device_batch=16, # more, smaller steps learn more in the same minutes

@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'load_model', 'make_model', 'make_optimizer', 'training_arguments', 'make_dataset', 'make_collate', 'decode',
            'write_predictions', 'FindingClassifier', 'finding_targets', 'warm_start', 'has_drawn_findings',
            'validation_scores', 'TrainingTable', 'NextCrops', 'make_trainer', 'run_folder', 'latest_run', 'run_facts',
-           'train', 'main']
+           'training_studies', 'last_checkpoint', 'train', 'main']
 
 # %% ../nbs/03_train.ipynb #03-004
 import hashlib
@@ -23,6 +23,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import cvt2distilgpt2
 import numpy as np
 import pandas as pd
 import torch
@@ -36,10 +37,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, get_cosine_schedule_with_warmup, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.notebook import NotebookProgressCallback, text_to_html_table
 
-from . import __version__
+# %% ../nbs/03_train.ipynb #03-005
 from .data import Labels, ReportDataset, collate, image_transform, make_labels
 from .decoder import decode_reports, tokenize_reports, train_tokenizer
 from .metrics import nlg_scores
@@ -48,7 +48,7 @@ from .phantom import FINDINGS, Finding, finding_scores
 from .prepare import prepare, task_arguments
 from .tasks import Study, Task, project_root, task_parameters
 
-# %% ../nbs/03_train.ipynb #03-013
+# %% ../nbs/03_train.ipynb #03-014
 def load_model(
     checkpoint: str | Path,          # a run, a saved model's folder or hub name, or the released .ckpt
     tokenizer: str = "distilgpt2",   # for a .ckpt, which carries none: hub name or folder
@@ -57,10 +57,11 @@ def load_model(
     path = Path(checkpoint)
     if path.suffix == ".ckpt": return CvT2DistilGPT2.from_released(path, tokenizer=tokenizer)
     if (path/"model").is_dir(): path = path/"model"
-    elif path.is_dir() and not (path/"config.json").exists():
-        raise FileNotFoundError(f"{path} holds no model: neither model/ (a finished run) nor config.json (a saved model)")
+    elif path.is_dir() and not any(path.glob("model*.safetensors")):
+        raise FileNotFoundError(f"{path} holds no model: neither model/ (of a finished run) nor model.safetensors (of a saved model)")
     return CvT2DistilGPT2.from_pretrained(path if path.is_dir() else str(checkpoint))
 
+# %% ../nbs/03_train.ipynb #03-015
 def make_model(
     task: Task,
     reports: list[str],              # labels of the training split; a small model makes its tokenizer of them
@@ -74,11 +75,13 @@ def make_model(
         tokenizer = train_tokenizer(reports)
         model = CvT2DistilGPT2(CvT2DistilGPT2Config.small(vocab_size=len(tokenizer)))
         model.tokenizer = tokenizer
+    if task.max_length > model.config.decoder.n_positions:
+        raise ValueError(f"max_length is {task.max_length}, but the decoder has {model.config.decoder.n_positions} positions")
     model.image_processor = ReportImageProcessor(task.resize, task.image_size)
     model.generation_config.max_length = task.max_length
     return model
 
-# %% ../nbs/03_train.ipynb #03-017
+# %% ../nbs/03_train.ipynb #03-019
 def make_optimizer(
     model: CvT2DistilGPT2,
     task: Task,
@@ -88,9 +91,9 @@ def make_optimizer(
     seen = set(map(id, encoder))
     rest = [p for p in model.parameters() if id(p) not in seen]
     groups = [dict(params=encoder, lr=task.encoder_lr), dict(params=rest, lr=task.lr)]
-    return torch.optim.AdamW(groups, lr=task.lr, weight_decay=task.weight_decay)
+    return torch.optim.AdamW(groups, lr=task.lr, weight_decay=task.weight_decay, fused=True)
 
-# %% ../nbs/03_train.ipynb #03-021
+# %% ../nbs/03_train.ipynb #03-023
 def _batch_plan(task: Task, devices: int) -> dict:
     "Split the batch over devices and accumulation steps; raises `ValueError` if it does not go."
     each = min(task.device_batch, max(1, task.batch_size // devices))
@@ -116,7 +119,7 @@ def training_arguments(
         logging_steps=50, report_to="none", remove_unused_columns=False,
         dataloader_num_workers=task.workers, dataloader_pin_memory=cuda)
 
-# %% ../nbs/03_train.ipynb #03-026
+# %% ../nbs/03_train.ipynb #03-028
 def make_dataset(
     task: Task,
     studies: list[Study],
@@ -147,7 +150,7 @@ def write_predictions(
     pd.DataFrame(dict(id=[s.id for s in studies], reference=references, generated=generated)).to_csv(path, index=False)
     return path
 
-# %% ../nbs/03_train.ipynb #03-031
+# %% ../nbs/03_train.ipynb #03-033
 class FindingClassifier(nn.Module):
     "Name the findings of a study from the mean and the maximum of its visual tokens."
 
@@ -167,27 +170,27 @@ def finding_targets(
     drawn = [{f["type"] for f in s.findings} for s in studies]
     return torch.tensor([[float(t in d) for t in FINDINGS] for d in drawn])
 
-# %% ../nbs/03_train.ipynb #03-035
+# %% ../nbs/03_train.ipynb #03-037
 def _fit(module: nn.Module, task: Task, dataset: ReportDataset, loader: DataLoader, loss) -> list[float]: # mean loss of each epoch
     "Minimise `loss(batch)` over `module` for `task.warm_start` epochs at `task.lr`."
     steps = task.warm_start*len(loader)
-    optimizer = torch.optim.AdamW(module.parameters(), task.lr, weight_decay=task.weight_decay)
+    optimizer = torch.optim.AdamW(module.parameters(), task.lr, betas=(0.9, 0.95), weight_decay=task.weight_decay, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(task.warmup, steps//10), steps)
+    def step(batch):
+        optimizer.zero_grad()
+        value = loss(batch)
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        return value.item()
     losses = []
     for epoch in tqdm(range(task.warm_start), "learning to name findings", leave=False):
         dataset.set_epoch(epoch) # other crops
-        losses.append([])
-        for batch in loader:
-            value = loss(batch)
-            optimizer.zero_grad()
-            value.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses[-1].append(value.item())
-    return [float(np.mean(l)) for l in losses]
+        losses.append(float(np.mean([step(batch) for batch in loader])))
+    return losses
 
-# %% ../nbs/03_train.ipynb #03-036
+# %% ../nbs/03_train.ipynb #03-038
 def warm_start(
     model: CvT2DistilGPT2,  # its encoder is trained in place
     task: Task,             # `warm_start` epochs at `lr`, in batches of `batch_size`
@@ -203,7 +206,7 @@ def warm_start(
     loader = DataLoader(range(len(dataset)), task.batch_size, shuffle=True, drop_last=True, num_workers=task.workers, collate_fn=batches)
     return _fit(classifier, task, dataset, loader, loss)
 
-# %% ../nbs/03_train.ipynb #03-039
+# %% ../nbs/03_train.ipynb #03-041
 def has_drawn_findings(
     studies: list[Study],
 ) -> bool: # whether every study's findings are known and are phantoms'
@@ -222,7 +225,7 @@ def validation_scores(
         scores["finding_f1"] = finding_scores(generated, drawn).loc["micro", "f1"]
     return {n: float(v) for n, v in scores.items()}
 
-# %% ../nbs/03_train.ipynb #03-043
+# %% ../nbs/03_train.ipynb #03-045
 class TrainingTable(NotebookProgressCallback):
     "Show progress in a notebook, and leave the table without the bar."
 
@@ -240,6 +243,7 @@ class NextCrops(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.dataset.set_epoch(round(state.epoch))
 
+# %% ../nbs/03_train.ipynb #03-046
 def make_trainer(
     model: CvT2DistilGPT2,
     task: Task,
@@ -259,7 +263,7 @@ def make_trainer(
     if trainer.pop_callback(NotebookProgressCallback): trainer.add_callback(TrainingTable())
     return trainer
 
-# %% ../nbs/03_train.ipynb #03-046
+# %% ../nbs/03_train.ipynb #03-049
 def run_folder(
     task: Task,
     run: str | None = None, # name of the run; None: made from the date
@@ -281,6 +285,7 @@ def run_folder(
     PartialState().wait_for_everyone()
     return folder
 
+# %% ../nbs/03_train.ipynb #03-050
 def latest_run(
     task: Task,
 ) -> Path: # its folder
@@ -290,19 +295,21 @@ def latest_run(
         raise FileNotFoundError(f"no finished run in {runs}; make one: papermill nbs/03_train.ipynb out.ipynb -p task {task.name}")
     return runs/(runs/"latest").read_text().strip()
 
-# %% ../nbs/03_train.ipynb #03-048
+# %% ../nbs/03_train.ipynb #03-052
 def _code_version() -> str:
     "Return the package's version and, in a checkout, the commit and whether files differ from it."
-    git = partial(subprocess.run, cwd=project_root(), capture_output=True, text=True)
+    git = partial(subprocess.run, cwd=Path(cvt2distilgpt2.__file__).parent, capture_output=True, text=True)
     try: commit, changed = git(["git", "rev-parse", "--short", "HEAD"]), git(["git", "status", "--porcelain", "-uno"])
-    except OSError: return __version__
-    return f"{__version__}+{commit.stdout.strip()}{'.changed' if changed.stdout else ''}" if commit.returncode == 0 else __version__
+    except OSError: return cvt2distilgpt2.__version__ # no git
+    if commit.returncode: return cvt2distilgpt2.__version__ # no checkout
+    return f"{cvt2distilgpt2.__version__}+{commit.stdout.strip()}{'.changed' if changed.stdout else ''}"
 
 def _processor() -> str:
     "Name the processor, as Linux or else Python knows it."
     try: return next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
+# %% ../nbs/03_train.ipynb #03-053
 def run_facts(
     task: Task,
     studies: dict[str, list[Study]],
@@ -316,7 +323,7 @@ def run_facts(
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
         hardware=dict(processor=_processor(), cores=os.cpu_count(), gpus=gpus, processes=PartialState().num_processes))
 
-# %% ../nbs/03_train.ipynb #03-052
+# %% ../nbs/03_train.ipynb #03-057
 LIMITS = ["Not for clinical use: reports are generated; they can be fluent and wrong.",
           "Scores on one data set say little about another hospital's images.",
           "Overlap scores such as CIDEr hardly notice a wrong finding."]
@@ -334,7 +341,25 @@ def _finish(folder: Path, task: Task, studies: dict, trainer: Seq2SeqTrainer, sc
     (folder.parent/"latest").write_text(folder.name)
     shutil.rmtree(folder/"checkpoints", ignore_errors=True) # the best of them is model/
 
-# %% ../nbs/03_train.ipynb #03-053
+# %% ../nbs/03_train.ipynb #03-058
+def training_studies(
+    task: Task,
+) -> dict[str, list[Study]]: # of "train" and "val"; the test split is not for training
+    "Open what `task` trains with; raises as `prepare` does, and `ValueError` for what cannot be trained with."
+    studies = prepare(task)
+    del studies["test"]
+    empty = [split for split, s in studies.items() if not s]
+    if empty: raise ValueError(f"task {task.name!r} has no studies for {' and '.join(empty)}: {task.annotation_path} must list some")
+    if task.warm_start and not has_drawn_findings(studies["train"]):
+        raise ValueError(f"warm_start needs studies with drawn findings, and task {task.name!r} has none; set warm_start to 0")
+    return studies
+
+def last_checkpoint(folder: Path) -> str | None:
+    "Find a run's last whole checkpoint: its state is written last."
+    whole = [p.parent for p in folder.glob("checkpoints/checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
+
+# %% ../nbs/03_train.ipynb #03-059
 def train(
     task: Task,
     run: str | None = None,         # name of the run; None: made from the date
@@ -342,16 +367,12 @@ def train(
 ) -> Path: # the run's folder
     "Train `task` and leave a finished run; resumes an unfinished one of that name."
     began = time.time()
-    studies = prepare(task)
-    del studies["test"] # not for training
-    folder = run_folder(task, run)
+    studies, folder = training_studies(task), run_folder(task, run)
     label = make_labels(task, [s.report for s in studies["train"]])
     model = make_model(task, [label(s.report) for s in studies["train"]], init)
     trainer = make_trainer(model, task, studies, folder)
-    checkpoint = get_last_checkpoint(folder/"checkpoints") if (folder/"checkpoints").exists() else None
-    if task.warm_start and not checkpoint and not init:
-        if not has_drawn_findings(studies["train"]): raise ValueError(f"warm_start needs studies with drawn findings; task {task.name!r} has none")
-        warm_start(model, task, trainer.train_dataset)
+    checkpoint = last_checkpoint(folder)
+    if task.warm_start and not checkpoint and not init: warm_start(model, task, trainer.train_dataset)
     trainer.train(resume_from_checkpoint=checkpoint)
     targets = trainer.eval_dataset.labels
     generated = decode(model, trainer.predict(trainer.eval_dataset).predictions)
@@ -362,7 +383,7 @@ def train(
     PartialState().wait_for_everyone()
     return folder
 
-# %% ../nbs/03_train.ipynb #03-063
+# %% ../nbs/03_train.ipynb #03-069
 def main(argv: list[str] | None = None) -> Path:
     "Train from the command line: `python -m cvt2distilgpt2.train --task NAME [--run NAME] [--init PATH] [--field value]`."
     task, extra = task_arguments(argv, extra=("run", "init"))
