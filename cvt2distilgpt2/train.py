@@ -23,6 +23,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+# %% ../nbs/03_train.ipynb #03-005
 import cvt2distilgpt2
 import numpy as np
 import pandas as pd
@@ -39,7 +40,7 @@ from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingA
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.notebook import NotebookProgressCallback, text_to_html_table
 
-# %% ../nbs/03_train.ipynb #03-005
+# %% ../nbs/03_train.ipynb #03-006
 from .data import Labels, ReportDataset, collate, image_transform, make_labels
 from .decoder import decode_reports, tokenize_reports, train_tokenizer
 from .metrics import nlg_scores
@@ -48,7 +49,7 @@ from .phantom import FINDINGS, Finding, finding_scores
 from .prepare import prepare, task_arguments
 from .tasks import Study, Task, project_root, task_parameters
 
-# %% ../nbs/03_train.ipynb #03-014
+# %% ../nbs/03_train.ipynb #03-015
 def load_model(
     checkpoint: str | Path,          # a run, a saved model's folder or hub name, or the released .ckpt
     tokenizer: str = "distilgpt2",   # for a .ckpt, which carries none: hub name or folder
@@ -61,7 +62,7 @@ def load_model(
         raise FileNotFoundError(f"{path} holds no model: neither model/ (of a finished run) nor model.safetensors (of a saved model)")
     return CvT2DistilGPT2.from_pretrained(path if path.is_dir() else str(checkpoint))
 
-# %% ../nbs/03_train.ipynb #03-015
+# %% ../nbs/03_train.ipynb #03-016
 def make_model(
     task: Task,
     reports: list[str],              # labels of the training split; a small model makes its tokenizer of them
@@ -81,7 +82,7 @@ def make_model(
     model.generation_config.max_length = task.max_length
     return model
 
-# %% ../nbs/03_train.ipynb #03-019
+# %% ../nbs/03_train.ipynb #03-020
 def make_optimizer(
     model: CvT2DistilGPT2,
     task: Task,
@@ -93,7 +94,7 @@ def make_optimizer(
     groups = [dict(params=encoder, lr=task.encoder_lr), dict(params=rest, lr=task.lr)]
     return torch.optim.AdamW(groups, lr=task.lr, weight_decay=task.weight_decay, fused=True)
 
-# %% ../nbs/03_train.ipynb #03-023
+# %% ../nbs/03_train.ipynb #03-024
 def _batch_plan(task: Task, devices: int) -> dict:
     "Split the batch over devices and accumulation steps; raises `ValueError` if it does not go."
     each = min(task.device_batch, max(1, task.batch_size // devices))
@@ -119,7 +120,7 @@ def training_arguments(
         logging_steps=50, report_to="none", remove_unused_columns=False,
         dataloader_num_workers=task.workers, dataloader_pin_memory=cuda)
 
-# %% ../nbs/03_train.ipynb #03-028
+# %% ../nbs/03_train.ipynb #03-029
 def make_dataset(
     task: Task,
     studies: list[Study],
@@ -140,6 +141,7 @@ def decode(
     "Turn tokens into reports."
     return decode_reports(model.tokenizer, np.where(tokens < 0, model.config.pad_token_id, tokens))
 
+# %% ../nbs/03_train.ipynb #03-030
 def write_predictions(
     path: Path,
     studies: list[Study],
@@ -150,7 +152,7 @@ def write_predictions(
     pd.DataFrame(dict(id=[s.id for s in studies], reference=references, generated=generated)).to_csv(path, index=False)
     return path
 
-# %% ../nbs/03_train.ipynb #03-033
+# %% ../nbs/03_train.ipynb #03-035
 class FindingClassifier(nn.Module):
     "Name the findings of a study from the mean and the maximum of its visual tokens."
 
@@ -170,10 +172,10 @@ def finding_targets(
     drawn = [{f["type"] for f in s.findings} for s in studies]
     return torch.tensor([[float(t in d) for t in FINDINGS] for d in drawn])
 
-# %% ../nbs/03_train.ipynb #03-037
+# %% ../nbs/03_train.ipynb #03-039
 def _fit(module: nn.Module, task: Task, dataset: ReportDataset, loader: DataLoader, loss) -> list[float]: # mean loss of each epoch
     "Minimise `loss(batch)` over `module` for `task.warm_start` epochs at `task.lr`."
-    steps = task.warm_start*len(loader)
+    steps, losses = task.warm_start*len(loader), []
     optimizer = torch.optim.AdamW(module.parameters(), task.lr, betas=(0.9, 0.95), weight_decay=task.weight_decay, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(task.warmup, steps//10), steps)
     def step(batch):
@@ -184,13 +186,12 @@ def _fit(module: nn.Module, task: Task, dataset: ReportDataset, loader: DataLoad
         optimizer.step()
         schedule.step()
         return value.item()
-    losses = []
     for epoch in tqdm(range(task.warm_start), "learning to name findings", leave=False):
         dataset.set_epoch(epoch) # other crops
         losses.append(float(np.mean([step(batch) for batch in loader])))
     return losses
 
-# %% ../nbs/03_train.ipynb #03-038
+# %% ../nbs/03_train.ipynb #03-040
 def warm_start(
     model: CvT2DistilGPT2,  # its encoder is trained in place
     task: Task,             # `warm_start` epochs at `lr`, in batches of `batch_size`
@@ -206,7 +207,7 @@ def warm_start(
     loader = DataLoader(range(len(dataset)), task.batch_size, shuffle=True, drop_last=True, num_workers=task.workers, collate_fn=batches)
     return _fit(classifier, task, dataset, loader, loss)
 
-# %% ../nbs/03_train.ipynb #03-041
+# %% ../nbs/03_train.ipynb #03-043
 def has_drawn_findings(
     studies: list[Study],
 ) -> bool: # whether every study's findings are known and are phantoms'
@@ -225,7 +226,7 @@ def validation_scores(
         scores["finding_f1"] = finding_scores(generated, drawn).loc["micro", "f1"]
     return {n: float(v) for n, v in scores.items()}
 
-# %% ../nbs/03_train.ipynb #03-045
+# %% ../nbs/03_train.ipynb #03-047
 class TrainingTable(NotebookProgressCallback):
     "Show progress in a notebook, and leave the table without the bar."
 
@@ -243,7 +244,7 @@ class NextCrops(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.dataset.set_epoch(round(state.epoch))
 
-# %% ../nbs/03_train.ipynb #03-046
+# %% ../nbs/03_train.ipynb #03-048
 def make_trainer(
     model: CvT2DistilGPT2,
     task: Task,
@@ -263,7 +264,7 @@ def make_trainer(
     if trainer.pop_callback(NotebookProgressCallback): trainer.add_callback(TrainingTable())
     return trainer
 
-# %% ../nbs/03_train.ipynb #03-049
+# %% ../nbs/03_train.ipynb #03-051
 def run_folder(
     task: Task,
     run: str | None = None, # name of the run; None: made from the date
@@ -285,7 +286,7 @@ def run_folder(
     PartialState().wait_for_everyone()
     return folder
 
-# %% ../nbs/03_train.ipynb #03-050
+# %% ../nbs/03_train.ipynb #03-052
 def latest_run(
     task: Task,
 ) -> Path: # its folder
@@ -295,7 +296,7 @@ def latest_run(
         raise FileNotFoundError(f"no finished run in {runs}; make one: papermill nbs/03_train.ipynb out.ipynb -p task {task.name}")
     return runs/(runs/"latest").read_text().strip()
 
-# %% ../nbs/03_train.ipynb #03-052
+# %% ../nbs/03_train.ipynb #03-054
 def _code_version() -> str:
     "Return the package's version and, in a checkout, the commit and whether files differ from it."
     git = partial(subprocess.run, cwd=Path(cvt2distilgpt2.__file__).parent, capture_output=True, text=True)
@@ -309,7 +310,7 @@ def _processor() -> str:
     try: return next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
-# %% ../nbs/03_train.ipynb #03-053
+# %% ../nbs/03_train.ipynb #03-055
 def run_facts(
     task: Task,
     studies: dict[str, list[Study]],
@@ -323,7 +324,7 @@ def run_facts(
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
         hardware=dict(processor=_processor(), cores=os.cpu_count(), gpus=gpus, processes=PartialState().num_processes))
 
-# %% ../nbs/03_train.ipynb #03-057
+# %% ../nbs/03_train.ipynb #03-059
 LIMITS = ["Not for clinical use: reports are generated; they can be fluent and wrong.",
           "Scores on one data set say little about another hospital's images.",
           "Overlap scores such as CIDEr hardly notice a wrong finding."]
@@ -341,7 +342,7 @@ def _finish(folder: Path, task: Task, studies: dict, trainer: Seq2SeqTrainer, sc
     (folder.parent/"latest").write_text(folder.name)
     shutil.rmtree(folder/"checkpoints", ignore_errors=True) # the best of them is model/
 
-# %% ../nbs/03_train.ipynb #03-058
+# %% ../nbs/03_train.ipynb #03-060
 def training_studies(
     task: Task,
 ) -> dict[str, list[Study]]: # of "train" and "val"; the test split is not for training
@@ -359,7 +360,7 @@ def last_checkpoint(folder: Path) -> str | None:
     whole = [p.parent for p in folder.glob("checkpoints/checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
 
-# %% ../nbs/03_train.ipynb #03-059
+# %% ../nbs/03_train.ipynb #03-061
 def train(
     task: Task,
     run: str | None = None,         # name of the run; None: made from the date
@@ -383,7 +384,7 @@ def train(
     PartialState().wait_for_everyone()
     return folder
 
-# %% ../nbs/03_train.ipynb #03-069
+# %% ../nbs/03_train.ipynb #03-071
 def main(argv: list[str] | None = None) -> Path:
     "Train from the command line: `python -m cvt2distilgpt2.train --task NAME [--run NAME] [--init PATH] [--field value]`."
     task, extra = task_arguments(argv, extra=("run", "init"))
