@@ -4,14 +4,19 @@ from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
-from nbconvert.preprocessors import ExtractOutputPreprocessor, TagRemovePreprocessor, RegexRemovePreprocessor
+from traitlets.config import Config
 
 root = Path(__file__).resolve().parent.parent
-exporter = MarkdownExporter(preprocessors=[
-    RegexRemovePreprocessor(patterns=[r"#\|\s*(hide|default_exp)"]),
-    TagRemovePreprocessor(remove_input_tags={"remove_input"}),
-    ExtractOutputPreprocessor(output_filename_template="nbs/index_files/{cell_index}_{index}{extension}")])
-text, resources = exporter.from_notebook_node(nbformat.read(root/"nbs"/"index.ipynb", as_version=4))
+settings = Config()
+settings.RegexRemovePreprocessor.patterns = [r"#\|\s*hide"]
+settings.TagRemovePreprocessor.enabled = True
+settings.TagRemovePreprocessor.remove_cell_tags = {"remove_cell"}
+settings.TagRemovePreprocessor.remove_input_tags = {"remove_input"}
+settings.ExtractOutputPreprocessor.output_filename_template = "nbs/index_files/{cell_index}_{index}{extension}"
+exporter = MarkdownExporter(config=settings)
+notebook = nbformat.read(root/"nbs"/"index.ipynb", as_version=4)
+notebook.metadata.language_info = {"name": "python"} # nbdev_clean drops it
+text, resources = exporter.from_notebook_node(notebook)
 files = {root/"README.md": text.strip().encode() + b"\n"} | {root/name: data for name, data in resources["outputs"].items()}
 
 if "--check" in sys.argv:

@@ -237,6 +237,6 @@ def main(
     task, _ = task_arguments(argv)
     try: studies = prepare(task)
     except (DataError, OSError) as e: sys.exit(str(e))
-    print(f"{task.name}: " + ", ".join(f"{len(s):,} {split}" for split, s in studies.items()) + f" studies in {task.image_folder}")
+    print(f"{task.name}: " + ", ".join(f"{len(s):,} {split}" for split, s in studies.items()) + " studies")
 
 if __name__ == "__main__" and "__file__" in globals(): main() # not in the notebook

@@ -117,7 +117,7 @@ def training_arguments(
         eval_strategy="epoch", save_strategy="epoch", save_total_limit=1, load_best_model_at_end=True,
         metric_for_best_model="cider", greater_is_better=True, restore_callback_states_from_checkpoint=True,
         predict_with_generate=True, generation_num_beams=task.val_beams, generation_max_length=task.max_length,
-        logging_steps=50, report_to="none", remove_unused_columns=False,
+        logging_steps=50, logging_first_step=True, report_to="none", remove_unused_columns=False,
         dataloader_num_workers=task.workers, dataloader_pin_memory=cuda)
 
 # %% ../nbs/03_train.ipynb #03-029
@@ -272,7 +272,7 @@ def run_folder(
     "Make or find the folder of an unfinished run; raises `FileExistsError` if it is finished, `ValueError` if its settings differ."
     names = [run or f"{date.today()}_{secrets.token_hex(2)}"]
     broadcast_object_list(names) # all processes write to the first one's folder
-    if Path(names[0]).name != names[0]: raise ValueError(f"run {names[0]!r} must be a plain name, not a path")
+    if Path(names[0]).name != names[0] or names[0] == "..": raise ValueError(f"run {names[0]!r} must be a plain name, not a path")
     folder = project_root()/"runs"/task.name/names[0]
     config = folder/"config.json"
     if (folder/"metrics.json").exists(): raise FileExistsError(f"run {folder} is finished; give another name, or none")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_run_is_whole_and_never_sees_the_test_split(folder, home, monkeypatch):
     assert json.loads((run/"config.json").read_text()) == asdict(task)
     metrics = json.loads((run/"metrics.json").read_text())
     assert metrics["seed"] == 0 and metrics["data"]["train"] == 16 and len(metrics["data"]["annotation_sha256"]) == 64
-    assert metrics["versions"]["torch"] == torch.__version__ and metrics["hardware"]["cores"] and metrics["code"].startswith("0.")
+    assert metrics["versions"]["torch"] == version("torch") and metrics["hardware"]["cores"] and metrics["code"].startswith("0.")
     assert {"bleu_4", "rouge_l", "cider", "finding_f1"} == set(metrics["val"])
     predictions = pd.read_csv(run/"predictions_val.csv", keep_default_na=False)
     assert list(predictions.columns) == ["id", "reference", "generated"] and list(predictions.id) == ["s16", "s17", "s18", "s19"]
