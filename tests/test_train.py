@@ -174,7 +174,7 @@ def test_killed_run_resumes_to_the_same_weights(folder, home):
 @pytest.mark.full
 def test_two_processes_train_one_run(folder, home):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CVT2DISTILGPT2_HOME": str(home), "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command(folder, "two")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", *command(folder, "two")[1:]]
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     run = home/"runs"/"phantoms"/"two"
@@ -217,7 +217,6 @@ def test_real_training_reports_are_written_back(pairs, home):
     "An overfit test: it shows that images reach the words, not that the model has learned anything of use."
     task = get_task(str(pairs), model="small", resize=132, image_size=128, rotation=0.0, batch_size=10, device_batch=10, epochs=300, patience=300,
                     lr=1.5e-3, encoder_lr=1.5e-3, schedule="cosine", clip=1.0, val_beams=1, workers=0, max_length=192, n_val=1)
-    torch.set_num_threads(2)
     model, train_studies = load_model(train(task, run="overfit")), open_task(task)["train"]
     reports = model.report([[pairs/"images"/p for p in s.image_path] for s in train_studies], num_beams=1, max_length=192)
     exact = sum(r == s.report.strip() for r, s in zip(reports, train_studies))
@@ -228,7 +227,6 @@ def test_real_training_reports_are_written_back(pairs, home):
 def test_full_size_model_trains_on_real_studies(pairs, test_data, home, tmp_path):
     "CvT-21 and DistilGPT2 in their own sizes, from folders as the hub has them, with random weights; 20 steps at 384 pixels."
     torch.manual_seed(0)
-    torch.set_num_threads(2)
     CvtForImageClassification(CvtConfig(depth=[1, 4, 16])).save_pretrained(tmp_path/"cvt")
     GPT2LMHeadModel(GPT2Config(n_layer=6)).save_pretrained(tmp_path/"gpt2")
     load_tokenizer(test_data/"gpt2_bpe").save_pretrained(tmp_path/"gpt2")
