@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from cvt2distilgpt2.tasks import Study, write_annotation
+from trees import make_iu
 
 root = Path(__file__).resolve().parent.parent
 TASK_NOTEBOOKS = ("index", "00d_data", "03_train", "04_results")
@@ -62,6 +63,17 @@ def test_notebook_on_the_demo(name, home, tmp_path):
     given = {} if name == "index" else dict(n_train=64, n_val=12, n_test=24)
     done = papermill(name, tmp_path/"out.ipynb", home, cwd=root/"nbs", **given)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_published_task_runs_by_papermill(tmp_path):
+    "IU X-Ray in its published layout, made up: two views, Chen's labels, no drawn findings."
+    make_iu(tmp_path/"data", n=16)
+    quick = dict(model="small", resize=66, image_size=64, epochs=1, val_beams=1, max_length=40, lr=1e-3)
+    for name, given in (("03_train", quick), ("04_results", {})):
+        done = papermill(name, tmp_path/f"{name}.ipynb", tmp_path, task="iu_x_ray", **given)
+        assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path/"runs"/"iu_x_ray"/(tmp_path/"runs"/"iu_x_ray"/"latest").read_text()
+    assert json.loads((run/"results.json").read_text())["task"] == "iu_x_ray"
 
 
 @pytest.fixture(scope="session")
