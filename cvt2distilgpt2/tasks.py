@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'DEMO', 'MIMIC_CXR', 'IU_X_RAY', 'TASKS', 'ALIASES', 'CHOICES', 'POSITIVE', 'SPLITS', 'project_root',
            'DataSettings', 'ModelSettings', 'RecipeSettings', 'Task', 'check_task', 'get_task', 'task_parameters',
-           'Study', 'Problem', 'DataError', 'read_annotation', 'write_annotation', 'open_task']
+           'Study', 'Problem', 'DataError', 'by_split', 'is_inside', 'across_studies', 'read_annotation',
+           'write_annotation', 'RawData', 'open_task']
 
 # %% ../nbs/00a_tasks.ipynb #00a-002
 import json
@@ -38,6 +39,7 @@ class DataSettings:
     n_train: int | None = None       # at most so many training studies, the first ones; None: all
     n_val: int | None = None         # likewise for validation
     n_test: int | None = None        # likewise for the test
+    on_problem: str = "stop"         # what bad data do: "stop", or "skip": go on without them, count and list them
     resize: int = 448                # short side in pixels before the crop (448: as published)
     image_size: int = 384            # side in pixels of the square that the encoder sees (384: CvT-21's own)
     rotation: float = 5.0            # training images are turned by at most so many degrees, either way
@@ -111,18 +113,16 @@ DEMO = Task(
 # %% ../nbs/00a_tasks.ipynb #00a-022
 MIMIC_CXR = Task(
     name="mimic_cxr", style="mimic_cxr", profile="chen",
-    annotation="mimic_cxr_chen/annotation.json",
-    images="mimic_cxr_jpg/physionet.org/files/mimic-cxr-jpg/2.0.0/files",
-    views=1,             # an image is an example: a study with two views is two
-    source="annotation.json: from the authors of R2Gen (Chen et al. 2020), for holders of PhysioNet credentials; "
-           "images: MIMIC-CXR-JPG 2.0.0 from PhysioNet (credentialed access, doi 10.13026/8360-t248)")
+    annotation="mimic_cxr/annotation.json", images="mimic_cxr/images",
+    source="MIMIC-CXR-JPG (images) and MIMIC-CXR (reports) from PhysioNet, credentialed access, "
+           "made ready by `python -m cvt2distilgpt2.prepare --task mimic_cxr --source FOLDER`")
 
 IU_X_RAY = Task(
     name="iu_x_ray", style="iu_x_ray", profile="chen",
-    annotation="iu_x-ray_chen/annotation.json", images="iu_x-ray_chen/images",
-    views=2,             # every study of Chen's selection has two
-    source="annotation.json and images: IU X-Ray as selected and renamed by the authors of R2Gen (Chen et al. 2020); "
-           "originals: Open-i, Indiana University (CC BY-NC-ND 4.0)")
+    annotation="iu_x_ray/annotation.json", images="iu_x_ray/images",
+    views=2,             # as published
+    source="IU X-Ray from Open-i, Indiana University (CC BY-NC-ND 4.0), or as renamed by the authors of R2Gen (Chen et al. 2020), "
+           "made ready by `python -m cvt2distilgpt2.prepare --task iu_x_ray --source FOLDER`")
 
 TASKS = {t.name: t for t in (DEMO, MIMIC_CXR, IU_X_RAY)}
 ALIASES = {"mimic_cxr_jpg_chen": "mimic_cxr", "iu_x_ray_chen": "iu_x_ray"} # the names of the released checkpoints
@@ -146,8 +146,8 @@ def _check_names(names, known) -> None:
     raise TypeError(f"unknown parameter {said}; known: {', '.join(sorted(known))}")
 
 # %% ../nbs/00a_tasks.ipynb #00a-029
-CHOICES = dict(profile=("chen", "r2gen", "raw"), style=("mimic_cxr", "iu_x_ray"), model=("full", "small"),
-               recipe=tuple(RECIPES), schedule=("constant", "linear", "cosine"), precision=("fp16", "bf16", "fp32"))
+CHOICES = dict(on_problem=("stop", "skip"), profile=("chen", "r2gen", "raw"), style=("mimic_cxr", "iu_x_ray"),
+               model=("full", "small"), recipe=tuple(RECIPES), schedule=("constant", "linear", "cosine"), precision=("fp16", "bf16", "fp32"))
 POSITIVE = ("views", "n_train", "n_val", "n_test", "image_size", "beams", "batch_size", "device_batch", "epochs", "patience", "val_beams")
 
 def check_task(task: Task) -> Task: # the same
@@ -179,9 +179,9 @@ def get_task(
     _check_names(changes, known)
     name = ALIASES.get(str(task), str(task))
     if name in TASKS: chosen = TASKS[name]
-    elif (Path(name)/"annotation.json").is_file(): chosen = _task_by_path(Path(name).resolve())
+    elif Path(name).is_dir(): chosen = _task_by_path(Path(name).resolve())
     else: raise ValueError(f"unknown task {task!r}: known are {', '.join([*TASKS, *ALIASES])}, "
-                           f"or a folder that holds annotation.json (looked in {Path(name).resolve()})")
+                           f"or a folder with annotation.json (there is no {Path(name).resolve()})")
     for n in ("annotation", "images"): # what a user types counts from where they stand
         if n in changes: changes[n] = str(Path(changes[n]).resolve())
     changes = {n: _check_value(n, v) for n, v in changes.items()}
@@ -235,13 +235,21 @@ class DataError(ValueError):
 # %% ../nbs/00a_tasks.ipynb #00a-052
 SPLITS = ("train", "val", "test")
 
-def _inside(path: str) -> bool:
+def by_split(
+    studies: list[Study],
+) -> dict[str, list[Study]]: # of "train", "val" and "test", in the same order
+    "Sort studies by their split."
+    return {split: [s for s in studies if s.split == split] for split in SPLITS}
+
+def is_inside(
+    path: str, # as it stands in someone's file
+) -> bool:
     "Tell whether a relative path stays inside its folder."
     p = PurePosixPath(path.replace("\\", "/"))
     return bool(p.parts) and not p.is_absolute() and ".." not in p.parts and ":" not in p.parts[0] and "\0" not in path
 
-def _check_entry(e: dict) -> list[tuple[str, str]]:
-    "Return (what, mend) for all that is wrong with one entry."
+def _check_entry(e: dict, split: str) -> list[tuple[str, str]]:
+    "Return (what, mend) for all that is wrong with one entry of `split`."
     wrong = []
     def want(ok, what, mend):
         if not ok: wrong.append((what, mend))
@@ -253,10 +261,11 @@ def _check_entry(e: dict) -> list[tuple[str, str]]:
     paths = e.get("image_path")
     want(strings(paths) and paths, "'image_path' must be a list of at least one path", 'Write ["folder/0.png"].')
     for p in paths if strings(paths) else ():
-        want(_inside(p), f"image path {p!r} leads out of the images' folder", "Paths are relative to it.")
+        want(is_inside(p), f"image path {p!r} leads out of the images' folder", "Paths are relative to it.")
     want(e.get("reports") is None or (strings(e["reports"]) and e["reports"]), "'reports' must be a list of texts", "List at least one.")
     findings = e.get("findings")
     want(findings is None or (isinstance(findings, list) and all(isinstance(f, dict) for f in findings)), "'findings' must be a list of objects", 'Write [{"type": "edema"}].')
+    want(e.get("split", split) == split, f"'split' is {e.get('split')!r}, but it is listed under {split!r}", "Say which is meant.")
     want(e.get("views") is None or (strings(e["views"]) and len(e["views"]) == len(paths or ())), "'views' must name one view an image", 'Write ["frontal", "lateral"].')
     return wrong
 
@@ -270,18 +279,21 @@ def _to_study(e: dict, split: str) -> Study:
                  None if patient is None else str(patient), listed("views"), listed("findings"),
                  {n: v for n, v in e.items() if n not in known})
 
-def _across_entries(studies: dict[str, list[Study]], path: str) -> list[Problem]:
-    "List what only shows between entries: doubled ids, and patients on both sides of a split."
-    every = [s for split in studies.values() for s in split]
-    doubled = [Problem(i, path, f"the id occurs {n} times", "Ids must be unique.") for i, n in Counter(s.id for s in every).items() if n > 1]
-    sides = defaultdict(set)
-    for s in every:
-        if s.patient is not None: sides[s.patient].add(s.split)
-    leaks = [Problem("", path, f"patient {p} is in {' and '.join(sorted(v))}", "Move all studies of a patient to one split.")
-             for p, v in sides.items() if len(v) > 1]
-    return doubled + leaks
-
 # %% ../nbs/00a_tasks.ipynb #00a-056
+def across_studies(
+    studies: list[Study], # of all splits
+    path: str,            # of the file that lists them
+    problems: list[Problem], # to which doubled ids and patients on both sides of a split are added
+) -> list[Study]:         # those without such a problem
+    "Check what only shows between studies."
+    counts, sides = Counter(s.id for s in studies), defaultdict(set)
+    for s in studies: sides[s.patient].add(s.split)
+    problems += [Problem(i, path, f"the id occurs {n} times", "Ids must be unique.") for i, n in counts.items() if n > 1]
+    leaks = {p: max(v, key=SPLITS.index) for p, v in sides.items() if p is not None and len(v) > 1}
+    problems += [Problem("", path, f"patient {p} is in {' and '.join(sorted(sides[p]))}", "Move all studies of a patient to one split.") for p in leaks]
+    return [s for s in studies if counts[s.id] == 1 and leaks.get(s.patient, s.split) == s.split]
+
+# %% ../nbs/00a_tasks.ipynb #00a-058
 def _load_json(path: Path):
     "Return the parsed file; raises `DataError` that says what is wrong with it."
     try: return json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -302,21 +314,24 @@ def _load_splits(path: Path) -> dict[str, list[dict]]:
     if wrong: raise DataError([Problem("", str(path), w, f"The form is {shape}.") for w in wrong])
     return {s: raw.get(s, []) for s in SPLITS}
 
-# %% ../nbs/00a_tasks.ipynb #00a-057
+# %% ../nbs/00a_tasks.ipynb #00a-059
 def read_annotation(
     path: str | Path, # of `annotation.json`
+    problems: list[Problem] | None = None, # given a list, problems are added to it and entries that have them are left out
 ) -> dict[str, list[Study]]: # the studies of "train", "val" and "test", in the file's order
     "Read Chen et al.'s form; raises `DataError` that lists every problem of the text (images: see `prepare`)."
-    path = Path(path)
-    splits = _load_splits(path)
-    problems = [Problem(str(e.get("id", f"{s}[{i}]")), str(path), what, mend)
-                for s, entries in splits.items() for i, e in enumerate(entries) for what, mend in _check_entry(e)]
-    if problems: raise DataError(problems)
-    studies = {s: [_to_study(e, s) for e in entries] for s, entries in splits.items()}
-    if problems := _across_entries(studies, str(path)): raise DataError(problems)
-    return studies
+    found, studies = [], []
+    for split, entries in _load_splits(Path(path)).items():
+        for i, e in enumerate(entries):
+            wrong = [Problem(str(e.get("id", f"{split}[{i}]")), str(path), what, mend) for what, mend in _check_entry(e, split)]
+            found += wrong
+            if not wrong: studies.append(_to_study(e, split))
+    studies = across_studies(studies, str(path), found)
+    if found and problems is None: raise DataError(found)
+    if found: problems += found
+    return by_split(studies)
 
-# %% ../nbs/00a_tasks.ipynb #00a-059
+# %% ../nbs/00a_tasks.ipynb #00a-061
 def write_annotation(
     studies: list[Study], # of all splits
     path: str | Path,     # of the file to make
@@ -332,13 +347,23 @@ def write_annotation(
     part.write_text(json.dumps(splits, ensure_ascii=False, indent=1), encoding="utf-8")
     return part.replace(path)
 
-# %% ../nbs/00a_tasks.ipynb #00a-067
+# %% ../nbs/00a_tasks.ipynb #00a-069
+@dataclass
+class RawData:
+    "Hold what a reader found in someone's files."
+    studies: list[Study]                                   # the good ones, of all splits
+    folder: Path                                           # that their image paths are relative to
+    problems: list[Problem] = field(default_factory=list)  # of all that is not among `studies` and should be
+    counts: dict[str, int] = field(default_factory=dict)   # what was counted on the way, in words: {"reports": 3955, ...}
+
+# %% ../nbs/00a_tasks.ipynb #00a-073
 def _cut_views(s: Study, views: int | None) -> Study:
     "Keep the first `views` images of a study."
     return replace(s, image_path=s.image_path[:views], views=s.views and s.views[:views])
 
 def open_task(
     task: Task,
+    problems: list[Problem] | None = None, # as `read_annotation` takes it
 ) -> dict[str, list[Study]]: # the studies of each split
     "Read the studies of `task`; raises `DataError` (all problems at once) and `FileNotFoundError` that says what is wanted, where, and from where."
     missing = [p for p in (task.annotation_path, task.image_folder) if not p.exists()]
@@ -346,4 +371,4 @@ def open_task(
         raise FileNotFoundError(f"task {task.name!r} wants\n  annotation: {task.annotation_path}\n  images:     {task.image_folder}\n"
                                 f"not there: {', '.join(map(str, missing))}\nThey come from: {task.source}. See data/README.md.")
     limits = dict(train=task.n_train, val=task.n_val, test=task.n_test)
-    return {s: [_cut_views(x, task.views) for x in v[:limits[s]]] for s, v in read_annotation(task.annotation_path).items()}
+    return {s: [_cut_views(x, task.views) for x in v[:limits[s]]] for s, v in read_annotation(task.annotation_path, problems).items()}
