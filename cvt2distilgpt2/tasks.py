@@ -166,11 +166,12 @@ def check_task(task: Task) -> Task: # the same
 # %% ../nbs/00a_tasks.ipynb #00a-031
 def _task_by_path(path: Path) -> Task:
     "Make the task of a folder that holds `annotation.json`; the defaults are the published recipe with labels as written."
-    images = path/"images" if (path/"images").is_dir() else path
+    beside = (path/"annotation.json").is_file() and not (path/"images").is_dir() # pictures, too
+    images = path if beside else path/"images"
     return Task(name=path.name, annotation=str(path/"annotation.json"), images=str(images), source=f"the folder {path}")
 
 def get_task(
-    task: str,   # a name of the task table, or the path of a folder with `annotation.json`
+    task: str,   # a name of the task table, or the path of a folder with (or yet without) `annotation.json`
     **changes,   # fields to replace; None keeps the task's own value
 ) -> Task:
     "Return a task with `changes` applied; raises `ValueError` for an unknown task or value, `TypeError` for an unknown field."
@@ -179,9 +180,9 @@ def get_task(
     _check_names(changes, known)
     name = ALIASES.get(str(task), str(task))
     if name in TASKS: chosen = TASKS[name]
-    elif Path(name).is_dir(): chosen = _task_by_path(Path(name).resolve())
+    elif os.sep in name or Path(name).is_dir(): chosen = _task_by_path(Path(name).resolve())
     else: raise ValueError(f"unknown task {task!r}: known are {', '.join([*TASKS, *ALIASES])}, "
-                           f"or a folder with annotation.json (there is no {Path(name).resolve()})")
+                           f"or the path of a folder with annotation.json, such as ./{Path(name).name}")
     for n in ("annotation", "images"): # what a user types counts from where they stand
         if n in changes: changes[n] = str(Path(changes[n]).resolve())
     changes = {n: _check_value(n, v) for n, v in changes.items()}
@@ -226,10 +227,11 @@ class Problem:
 class DataError(ValueError):
     "Say everything that is wrong with a data set; `problems` holds it as a list."
 
-    def __init__(self, problems: list[Problem], shown: int = 20):
+    def __init__(self, problems: list[Problem], listed: Path | None = None, shown: int = 20):
         self.problems = problems
         lines = [": ".join(filter(None, (p.path, p.id, f"{p.what}. {p.mend}"))) for p in problems[:shown]]
         more = [f"... and {len(problems) - shown} more"] if len(problems) > shown else []
+        if listed: more.append(f"All of them, as a table: {listed}")
         super().__init__(f"{len(problems)} problem{'s' * (len(problems) > 1)} in the data:\n  " + "\n  ".join(lines + more))
 
 # %% ../nbs/00a_tasks.ipynb #00a-052
