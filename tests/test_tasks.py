@@ -180,11 +180,11 @@ def test_every_misspelt_field_is_found(name):
 def test_paths_count_from_where_the_user_stands(tmp_path, monkeypatch):
     make_iu(tmp_path/"data")
     monkeypatch.chdir(tmp_path)
-    task = get_task("iu_x_ray", annotation="data/iu_x-ray_chen/annotation.json", images="data/iu_x-ray_chen/images")
+    task = get_task("iu_x_ray", annotation="data/iu_x_ray/annotation.json", images="data/iu_x_ray/images")
     monkeypatch.chdir("/")
     assert len(open_task(task)["train"]) == 8
     monkeypatch.chdir(tmp_path)
-    assert get_task("data/iu_x-ray_chen").image_folder == tmp_path/"data"/"iu_x-ray_chen"/"images"
+    assert get_task("data/iu_x_ray").image_folder == tmp_path/"data"/"iu_x_ray"/"images"
 
 
 def test_installed_alone_the_project_is_the_working_directory(tmp_path):

@@ -1,4 +1,4 @@
-"""Made-up data in the published layouts of MIMIC-CXR and IU X-Ray, as Chen et al. (2020) distribute them: for tests only."""
+"""Made-up data for tests only: MIMIC-CXR and IU X-Ray in the one form, as Chen et al. (2020) selected them."""
 import json
 from pathlib import Path
 
@@ -34,8 +34,8 @@ def make_mimic(
     n: int = 8,                    # training images; validation and test have 3 each
     size: tuple = (120, 100),      # width and height of an image
 ) -> dict[str, str]:               # `annotation` and `images`, to be given to `get_task`
-    "Write MIMIC-CXR-JPG in PhysioNet's layout and Chen's annotation: an image is an entry, every second study has two."
-    images = "mimic_cxr_jpg/physionet.org/files/mimic-cxr-jpg/2.0.0/files"
+    "Write MIMIC-CXR as Chen et al. selected it: an image is an entry, every second study has two."
+    images = "mimic_cxr/images"
     splits, study = {}, 0
     for split, count in (("train", n), ("val", 3), ("test", 3)):
         splits[split] = entries = []
@@ -49,7 +49,7 @@ def make_mimic(
                 _picture(Path(root)/images/place, 2*study + image, size)
                 entries.append(dict(id=dicom, study_id=study_id, subject_id=subject, report=report, image_path=[place], split=split))
         del entries[count:]
-    return _write(Path(root), "mimic_cxr_chen/annotation.json", images, splits)
+    return _write(Path(root), "mimic_cxr/annotation.json", images, splits)
 
 
 def make_iu(
@@ -58,7 +58,7 @@ def make_iu(
     size: tuple = (100, 120), # width and height of an image
 ) -> dict[str, str]:          # `annotation` and `images`, to be given to `get_task`
     "Write IU X-Ray as Chen et al. selected and renamed it: every study has two images."
-    images, splits, study = "iu_x-ray_chen/images", {}, 0
+    images, splits, study = "iu_x_ray/images", {}, 0
     for split, count in (("train", n), ("val", 3), ("test", 3)):
         splits[split] = []
         for _ in range(count):
@@ -67,4 +67,4 @@ def make_iu(
             paths = [f"{name}/{i}.png" for i in range(2)]
             for i, path in enumerate(paths): _picture(Path(root)/images/path, 2*study + i, size)
             splits[split].append(dict(id=name, report=_report(study, "XXXX"), image_path=paths, split=split))
-    return _write(Path(root), "iu_x-ray_chen/annotation.json", images, splits)
+    return _write(Path(root), "iu_x_ray/annotation.json", images, splits)
