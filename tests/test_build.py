@@ -1,0 +1,283 @@
+"""From anyone's files to the one form: every layout, two hundred broken inputs, kills at any moment."""
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+from cvt2distilgpt2.cache import ImageCache
+from cvt2distilgpt2.data import ReportDataset, image_transform
+from cvt2distilgpt2.images import open_image
+from cvt2distilgpt2.prepare import build, main, prepare, read_source, verify
+from cvt2distilgpt2.tasks import DataError, Study, get_task, read_annotation, write_annotation
+from torchvision.transforms import v2
+
+SIDE = 48 # of what is prepared here
+
+
+def picture(rng, mode="L", size=None):
+    "A smooth picture, so that all formats keep it well."
+    width, height = size or rng.integers(SIDE - 8, 2*SIDE, 2)
+    return Image.fromarray(rng.integers(0, 256, (6, 5), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def dicom(path, image, inverted=False):
+    "Write a grey picture as an uncompressed DICOM file."
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = SecondaryCaptureImageStorage, generate_uid(), ExplicitVRLittleEndian
+    file = FileDataset(str(path), {}, file_meta=meta, preamble=bytes(128))
+    file.SOPClassUID, file.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    file.Rows, file.Columns, file.SamplesPerPixel, file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = image.height, image.width, 1, 8, 8, 7, 0
+    file.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
+    pixels = np.asarray(image)
+    file.PixelData = (255 - pixels if inverted else pixels).tobytes() + bytes(pixels.size % 2)
+    file.save_as(path, enforce_file_format=True)
+
+
+WRITERS = {
+    "png": lambda p, r: picture(r).save(p), "jpg": lambda p, r: picture(r).save(p, quality=90), "webp": lambda p, r: picture(r, "RGB").save(p),
+    "tif": lambda p, r: picture(r).save(p, compression="tiff_lzw"), "gif": lambda p, r: picture(r).save(p), "bmp": lambda p, r: picture(r, "RGB").save(p),
+    "palette.png": lambda p, r: picture(r).convert("P").save(p), "alpha.png": lambda p, r: picture(r, "LA").save(p),
+    "cmyk.jpg": lambda p, r: picture(r, "CMYK").save(p), "rgb.png": lambda p, r: picture(r, "RGB").save(p),
+    "16 bit.png": lambda p, r: Image.fromarray(np.asarray(picture(r)).astype(np.uint16)*200).save(p),
+    "dcm": lambda p, r: dicom(p, picture(r)), "inverted.dcm": lambda p, r: dicom(p, picture(r), inverted=True),
+}
+
+
+def _rewrite(change):
+    def apply(path, rng): path.write_bytes(change(bytearray(path.read_bytes()), rng))
+    return apply
+
+
+def _flip(content, rng):
+    for i in rng.integers(len(content), size=8): content[i] ^= 1 << int(rng.integers(8))
+    return content
+
+
+def _zeros(content, rng):
+    start = int(rng.integers(len(content)))
+    content[start:start + 64] = bytes(len(content[start:start + 64]))
+    return content
+
+
+def _replaced(make):
+    def apply(path, rng):
+        path.unlink()
+        make(path, rng)
+    return apply
+
+
+FILE_DAMAGE = { # what is done to an image file -> whether that must be a problem
+    "none": (lambda path, rng: None, False),
+    "cut": (_rewrite(lambda c, rng: c[:int(len(c)*rng.uniform(0.05, 0.6))]), None),
+    "flipped": (_rewrite(_flip), None), "zeros": (_rewrite(_zeros), None),
+    "noise": (_rewrite(lambda c, rng: rng.bytes(500)), True), "empty": (_rewrite(lambda c, rng: b""), True),
+    "text": (_rewrite(lambda c, rng: b"<html>404 not found</html>"), True),
+    "missing": (lambda path, rng: path.unlink(), True), "folder": (_replaced(lambda p, rng: p.mkdir()), True),
+    "one pixel": (_replaced(lambda p, rng: Image.new("L", (1, 200), 9).save(p, "PNG")), True),
+    "blank": (_replaced(lambda p, rng: Image.new("L", (90, 80), 9).save(p, "PNG")), True),
+}
+TEXT_DAMAGE = { # what is done to an entry -> whether that must be a problem
+    "none": (lambda e, rng: None, False),
+    "no report": (lambda e, rng: e.pop("report"), True), "empty report": (lambda e, rng: e.update(report=" \n"), True),
+    "number": (lambda e, rng: e.update(report=3), True), "no paths": (lambda e, rng: e.update(image_path=[]), True),
+    "path is text": (lambda e, rng: e.update(image_path="a.png"), True), "leads out": (lambda e, rng: e.update(image_path=["../../secret.png"]), True),
+    "absolute": (lambda e, rng: e.update(image_path=["/etc/passwd"]), True), "nul": (lambda e, rng: e.update(image_path=["a\0.png"]), True),
+    "no id": (lambda e, rng: e.pop("id"), True), "doubled id": (lambda e, rng: e.update(id="doubled"), True),
+    "other split": (lambda e, rng: e.update(split="test" if e["split"] == "train" else "train"), True),
+    "patient": (lambda e, rng: e.update(patient="on both sides"), None), # the test keeps such a patient
+    "views": (lambda e, rng: e.update(views=["frontal"]*7), True), "odd text": (lambda e, rng: e.update(report="\u202e\0 ____ \ud800 ..." + "x"*5000), None),
+}
+
+
+def broken_folder(folder, n, seed):
+    "Write `n` studies, each damaged in one way at most -> {id as written or None: must be a problem}."
+    rng, splits, truth = np.random.default_rng(seed), {"train": [], "val": [], "test": []}, []
+    (folder/"images").mkdir(parents=True)
+    kinds, damages = list(WRITERS), [("file", d) for d in FILE_DAMAGE] + [("text", d) for d in TEXT_DAMAGE]
+    for i in range(n):
+        kind, (what, damage), split = kinds[i % len(kinds)], damages[i % len(damages)], list(splits)[int(rng.integers(3))]
+        entry = dict(id=f"s{i}", report=f"Report {i}.", image_path=[f"{i}.{kind}"], split=split)
+        WRITERS[kind](folder/"images"/f"{i}.{kind}", rng)
+        act, must = (FILE_DAMAGE if what == "file" else TEXT_DAMAGE)[damage]
+        act(folder/"images"/f"{i}.{kind}" if what == "file" else entry, rng)
+        splits[split].append(entry)
+        truth.append((f"{split}[{len(splits[split]) - 1}]", entry.get("id"), damage, must))
+    (folder/"annotation.json").write_text(json.dumps(splits))
+    return truth
+
+
+def everything(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix not in (".lock", ".part")}
+
+
+def new_task(folder, **changes):
+    return get_task(str(folder) + os.sep, **{**dict(resize=SIDE, image_size=SIDE - 8, model="small"), **changes})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("n, seed", [(78, 0), pytest.param(360, 1, marks=pytest.mark.full), pytest.param(360, 2, marks=pytest.mark.full)])
+def test_broken_inputs_are_listed_or_read_right(tmp_path, n, seed):
+    "Every study is listed as a problem or prepared as its original shows it; nothing crashes, nothing is dropped in silence."
+    truth = broken_folder(tmp_path/"raw", n, seed)
+    before = everything(tmp_path/"raw")
+    raw, task = read_source(tmp_path/"raw"), new_task(tmp_path/"made")
+    with pytest.raises(DataError) as e: build(raw, task)
+    kept = build(raw, replace(task, on_problem="skip"))
+    assert everything(tmp_path/"raw") == before
+    listed = pd.read_csv(tmp_path/"made"/"problems.csv", keep_default_na=False)
+    assert len(listed) == len(e.value.problems) and (listed.what.str.len() > 0).all() and (listed.mend.str.len() > 0).all()
+    good = {s.id: s for split in kept.values() for s in split}
+    for place, name, damage, must in truth:
+        told = bool({place, name} & set(listed.id)) or (damage == "patient" and listed.what.str.contains("on both sides").any())
+        assert told or name in good, f"{place} {name} ({damage}) was dropped in silence"
+        assert must is None or must == (name not in good), (place, name, damage)
+        assert not (damage == "none" and name not in good)
+    cache = ImageCache(task.image_folder)
+    for s in good.values(): # what was kept is what its original shows
+        original = open_image(tmp_path/"raw"/"images"/s.image_path[0])
+        assert np.array_equal(np.asarray(v2.Resize(SIDE)(original).convert("RGB") if min(original.size) > SIDE else original.convert("RGB")), np.asarray(cache(s.image_path[0]).convert("RGB")))
+    every = list(good.values())
+    loaded = ReportDataset(every, task.image_folder, image_transform(task, train=True))
+    assert [loaded[i]["pixel_values"].shape[-1] for i in range(len(every))] == [SIDE - 8]*len(every)
+    assert prepare(task) == kept and verify(task)["studies"] == len(every)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_broken_inputs_where_they_lie(tmp_path):
+    "A folder in the one form is used as it stands: the same problems, and the rest can be loaded."
+    truth = broken_folder(tmp_path/"raw", 78, seed=3)
+    before, task = everything(tmp_path/"raw"), new_task(tmp_path/"raw")
+    with pytest.raises(DataError): prepare(task)
+    kept = [s for v in prepare(replace(task, on_problem="skip")).values() for s in v]
+    assert everything(tmp_path/"raw") == before and kept
+    must = {name for _, name, damage, must in truth if must and damage != "blank"} # a blank picture is told when pixels are kept
+    assert not must & {s.id for s in kept}
+    loaded = ReportDataset(kept, task.image_folder, image_transform(task, train=False))
+    assert len([loaded[i] for i in range(len(kept))]) == len(kept)
+
+
+def table(folder, n, seed=0, size=(120, 100)):
+    "Write `n` pictures and a table of them."
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    rows = [dict(image=f"{i}.png", text=f"Report {i}.", split=("train", "train", "val", "test")[i % 4]) for i in range(n)]
+    for row in rows: picture(rng, size=size).save(folder/row["image"])
+    pd.DataFrame(rows).to_csv(folder/"table.csv", index=False)
+    return folder/"table.csv"
+
+
+SCRIPT = """
+import sys
+from functools import partial
+import cvt2distilgpt2.prepare as prepare
+prepare.build_cache = partial(prepare.build_cache, shard_size=8)
+prepare.main(sys.argv[1:])
+"""
+
+
+def start(source, made, processes):
+    words = ["--task", f"{made}/", "--source", source, "--resize", SIDE, "--image_size", SIDE - 8, "--processes", processes]
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, words)], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}, text=True)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.full)])
+def test_killed_at_any_moment_ends_with_the_same_bytes(tmp_path, kills):
+    "Killed with all its processes again and again, with changing numbers of them, it ends as if nothing had happened."
+    source = table(tmp_path/"raw", 240, size=(700, 600))
+    before, rng = everything(tmp_path/"raw"), np.random.default_rng(kills)
+    begun = time.perf_counter()
+    whole = start(source, tmp_path/"undisturbed", 1)
+    said = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said
+    span, killed, shards = time.perf_counter() - begun, 0, []
+    for _ in range(kills):
+        process = start(source, tmp_path/"killed", int(rng.integers(1, 4)))
+        try: process.wait(timeout=span*rng.uniform(0.05, 0.6))
+        except subprocess.TimeoutExpired: pass
+        killed += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+        process.communicate()
+        shards.append(len(list((tmp_path/"killed").rglob("*.tar"))))
+    process = start(source, tmp_path/"killed", 2)
+    said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert killed >= min(kills, 2) and everything(tmp_path/"killed") == everything(tmp_path/"undisturbed") and everything(tmp_path/"raw") == before
+
+
+def test_what_is_made_says_what_it_is_made_of(tmp_path, capsys):
+    source = table(tmp_path/"raw", 12)
+    main(["--task", f"{tmp_path}/made/", "--source", str(source), "--resize", str(SIDE), "--image_size", str(SIDE - 8)])
+    assert "6 train, 3 val, 3 test studies" in capsys.readouterr().out
+    facts = json.loads((tmp_path/"made"/"prepared.json").read_text())
+    assert facts["state"] == "whole" and facts["counts"]["studies in train"] == 6 and facts["resize"] == SIDE
+    assert not (tmp_path/"made"/"problems.csv").exists()
+    main(["--task", f"{tmp_path}/made/", "--verify", "--resize", str(SIDE), "--image_size", str(SIDE - 8)])
+    assert "12 studies, 12 images are whole" in capsys.readouterr().out
+
+
+def test_the_task_that_was_made_is_not_made_of_itself(tmp_path):
+    source = table(tmp_path/"raw", 4)
+    build(read_source(source), new_task(tmp_path/"made"))
+    before = everything(tmp_path/"made")
+    with pytest.raises((FileExistsError, ValueError)): build(read_source(tmp_path/"made"), new_task(tmp_path/"made"))
+    assert everything(tmp_path/"made") == before
+
+
+def test_another_size_is_told(tmp_path):
+    task = new_task(tmp_path/"made")
+    build(read_source(table(tmp_path/"raw", 4)), task)
+    with pytest.raises(ValueError, match="prepare it again with --resize 64"): prepare(replace(task, resize=64))
+    with pytest.warns(UserWarning, match="resized twice"): prepare(replace(task, resize=40))
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--source", "nowhere"], "does not exist"), (["--task", "demo", "--source", "{raw}"], "the demo is drawn"), (["--source", "{raw}/0.png"], "nothing that can be read here"),
+    (["--source", "{raw}", "--store", "best"], "store"), (["--source", "{raw}", "--processes", "two"], "processes"), (["--source", "{empty}"], "nothing that can be read here"),
+    (["--source", "{raw}", "--examples", "pair"], "examples"), (["--verify"], "annotation.json")])
+def test_wrong_words_get_an_answer(tmp_path, words, said):
+    table(tmp_path/"raw", 4)
+    (tmp_path/"empty").mkdir()
+    words = [w.format(raw=tmp_path/"raw", empty=tmp_path/"empty") for w in words]
+    if "--task" not in words: words += ["--task", f"{tmp_path}/made/"]
+    with pytest.raises(SystemExit) as e: main(words)
+    assert said in str(e.value)
+
+
+@pytest.mark.skipif("CVT2DISTILGPT2_TEST_DATA" not in os.environ, reason="CVT2DISTILGPT2_TEST_DATA is not set")
+def test_real_studies_are_the_same_as_folder_table_and_dicom(tmp_path):
+    "70 real studies as a folder, as a table and as DICOM files: the same ids, texts, splits and pixels."
+    real = Path(os.environ["CVT2DISTILGPT2_TEST_DATA"])/"cxr_pairs"
+    as_folder = build(read_source(real), new_task(tmp_path/"folder"))
+    every = [s for v in as_folder.values() for s in v]
+    assert len(every) == 70
+    for s in every:
+        for p in s.image_path:
+            (tmp_path/"dicom"/p).parent.mkdir(parents=True, exist_ok=True)
+            dicom((tmp_path/"dicom"/p).with_suffix(".dcm"), open_image(real/"images"/p).convert("L"), inverted=len(p) % 2)
+    rows = lambda suffix: pd.DataFrame([dict(id=s.id, image=";".join(str(Path(p).with_suffix(suffix or Path(p).suffix)) for p in s.image_path), text=s.report, split=s.split) for s in every])
+    rows(None).to_csv(tmp_path/"table.csv", index=False)
+    rows(".dcm").to_csv(tmp_path/"dicom.csv", index=False)
+    as_table = build(read_source(tmp_path/"table.csv", originals=real/"images"), new_task(tmp_path/"table"))
+    as_dicom = build(read_source(tmp_path/"dicom.csv", originals=tmp_path/"dicom"), new_task(tmp_path/"as_dicom"))
+    caches = [ImageCache(tmp_path/n/"images") for n in ("folder", "table", "as_dicom")]
+    for split in as_folder:
+        for a, b, c in zip(as_folder[split], as_table[split], as_dicom[split], strict=True):
+            assert (a.id, a.report.strip()) == (b.id, b.report.strip()) == (c.id, c.report.strip())
+            for p, q, r in zip(a.image_path, b.image_path, c.image_path, strict=True):
+                first = np.asarray(caches[0](p).convert("L"))
+                assert np.array_equal(first, np.asarray(caches[1](q).convert("L"))) and np.abs(first.astype(int) - np.asarray(caches[2](r))).max() <= 1
