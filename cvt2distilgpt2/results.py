@@ -28,14 +28,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data import PROFILES, Labels, collate, make_labels
+from .data import PROFILES, Labels, collate
 from .decoder import decode_reports
 from .metrics import METRICS, Meteor, bootstrap_interval, constant_report, diversity, published, report_statistics, shuffled
 from .model import CvT2DistilGPT2
 from .phantom import FINDINGS, Finding, finding_scores, parse_report
 from .prepare import prepare, task_arguments
 from .tasks import DataError, Study, Task, check_task, project_root, task_parameters
-from .train import finding_targets, has_drawn_findings, latest_run, load_model, make_dataset, run_facts, write_predictions
+from .train import finding_targets, has_drawn_findings, latest_run, load_model, make_dataset, references_of, run_facts, task_labels, write_predictions
 
 # %% ../nbs/04_results.ipynb #04-011
 def find_run(
@@ -98,7 +98,7 @@ class Evaluation:
     @property
     def references(self) -> list[list[str]]: # for each test study its label, or several
         "Return what the test reports are scored against."
-        return [[self.label(report) for report in s.reports or (s.report,)] for s in self.studies["test"]]
+        return references_of(self.studies["test"], self.label)
 
 # %% ../nbs/04_results.ipynb #04-024
 def _check_studies(task: Task, studies: dict[str, list[Study]]) -> None:
@@ -121,7 +121,7 @@ def open_evaluation(
     if model.device.type == "cpu": task = replace(task, precision="fp32") # as it will be
     studies = prepare(task)
     _check_studies(task, studies)
-    return Evaluation(task, checkpoint, model, studies, make_labels(task, [s.report for s in studies["train"]]), results_folder(task, checkpoint, run))
+    return Evaluation(task, checkpoint, model, studies, task_labels(task, studies["train"]), results_folder(task, checkpoint, run))
 
 # %% ../nbs/04_results.ipynb #04-029
 def _batches(evaluation: Evaluation, studies: list[Study], text: str) -> Iterator[dict[str, Tensor]]:
@@ -210,9 +210,8 @@ def _write_reports(evaluation: Evaluation) -> None:
     "Write predictions_test.csv, nearest_test.csv where there are training studies, and what is known of their making."
     folder, test, began = evaluation.folder, evaluation.studies["test"], time.time()
     folder.mkdir(parents=True, exist_ok=True)
-    references = [texts[0] for texts in evaluation.references]
-    write_predictions(folder/"predictions_test.csv", test, references, generate_reports(evaluation, test))
-    if evaluation.studies["train"]: write_predictions(folder/"nearest_test.csv", test, references, nearest_reports(evaluation, test))
+    write_predictions(folder/"predictions_test.csv", test, evaluation.references, generate_reports(evaluation, test))
+    if evaluation.studies["train"]: write_predictions(folder/"nearest_test.csv", test, evaluation.references, nearest_reports(evaluation, test))
     _write_json(folder/"results.json", made_with(evaluation) | dict(written=f"{datetime.now():%Y-%m-%d %H:%M}", seconds=round(time.time() - began)))
 
 # %% ../nbs/04_results.ipynb #04-044
@@ -298,7 +297,7 @@ def diversity_table(
     reports: pd.DataFrame, # from `reports_once`
 ) -> pd.DataFrame: # rows "generated" and "reference"; columns as `diversity`
     "Count distinct, frequent, unfinished and copied reports."
-    train = [evaluation.label(s.report) for s in evaluation.studies["train"]]
+    train = [text for texts in references_of(evaluation.studies["train"], evaluation.label) for text in texts]
     return pd.DataFrame({name: diversity(list(reports[name]), train) for name in ("generated", "reference")}).T
 
 # %% ../nbs/04_results.ipynb #04-070

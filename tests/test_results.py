@@ -278,6 +278,7 @@ def test_several_references(tmp_path, monkeypatch):
     evaluation = open_evaluation(task)
     scores = score_table(system_statistics(all_reports(evaluation, reports_once(evaluation)), evaluation.references), task)
     assert scores.set_index(["system", "metric"]).score["this model", "rouge_l"] == pytest.approx(1)
+    assert [json.loads(others) for others in reports_once(evaluation).other_references] == [["The lungs are clear."]]*4
 
 
 # data sets that allow less

@@ -22,7 +22,7 @@ from cvt2distilgpt2.data import make_labels
 from cvt2distilgpt2.decoder import load_tokenizer
 from cvt2distilgpt2.phantom import draw, sample_phantom
 from cvt2distilgpt2.tasks import Study, get_task, open_task, write_annotation
-from cvt2distilgpt2.train import (_batch_plan, load_model, make_model, make_trainer, run_folder, train)
+from cvt2distilgpt2.train import _batch_plan, load_model, make_model, make_trainer, references_of, run_folder, task_labels, train, write_predictions
 from trees import make_iu, make_mimic
 
 torch.set_num_threads(1)
@@ -184,6 +184,32 @@ def test_two_processes_train_one_run(folder, home):
     assert list(predictions.id) == ["s16", "s17", "s18", "s19"]  # each study once, in order
     model = load_model(run)
     assert model.report([folder/"images"/i/"frontal.png" for i in predictions.id], num_beams=1) == list(predictions.generated)
+
+
+# several references
+
+def test_several_references_reach_validation_and_predictions(folder, home):
+    task = get_task(str(folder), **quick)
+    studies = {split: [replace(s, reports=(s.report, f"There are {split} lungs.")) for s in v] for split, v in open_task(task).items()}
+    label = task_labels(task, studies["train"])
+    model = make_model(task, [t for texts in references_of(studies["train"], label) for t in texts])
+    assert model.tokenizer.unk_token_id not in model.tokenizer("There are train lungs.").input_ids  # from second references, too
+    trainer = make_trainer(model, task, studies, home)
+    said = model.tokenizer(["There are train lungs."]*4, return_tensors="np").input_ids
+    scores = trainer.compute_metrics(type("Prediction", (), dict(predictions=said, label_ids=said)))
+    assert 0.6 < scores["rouge_l"] < 1  # "There are <unk> lungs" or the like: near the second reference, far from the first
+    references = references_of(studies["val"], label)
+    table = pd.read_csv(write_predictions(home/"p.csv", studies["val"], references, ["x"]*4))
+    assert list(table) == ["id", "reference", "generated", "other_references"] and list(table.reference) == [s.report for s in studies["val"]]
+    assert [json.loads(t) for t in table.other_references] == [["There are val lungs."]]*4
+    table = pd.read_csv(write_predictions(home/"p.csv", studies["val"], [[s.report] for s in studies["val"]], ["x"]*4))
+    assert list(table) == ["id", "reference", "generated"]
+
+
+def test_the_vocabulary_is_of_all_references(folder):
+    task = get_task(str(folder), profile="chen", style="iu_x_ray", **quick)
+    train = [Study(f"s{i}", "Heart normal.", ("a.png",), "train", reports=("Heart normal.", "Lungs clear.")) for i in range(3)]
+    assert task_labels(task, train).vocabulary == (".", "<unk>", "clear", "heart", "lungs", "normal")
 
 
 # the published layouts
