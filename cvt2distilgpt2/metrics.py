@@ -330,7 +330,7 @@ def nlg_scores(
     scores = corpus_scores(report_statistics(predictions, references, metrics))
     return {name: scores[name] for name in metrics}
 
-# %% ../nbs/02a_metrics.ipynb #02a-084
+# %% ../nbs/02a_metrics.ipynb #02a-090
 def most_frequent_reports(
     reports: list[str], # of the training set
     n: int = 1,         # how many
@@ -349,7 +349,7 @@ def constant_report(
         return nlg_scores(everywhere, val_references, ("cider",))["cider"]
     return max(most_frequent_reports(train_reports, candidates), key=cider)
 
-# %% ../nbs/02a_metrics.ipynb #02a-088
+# %% ../nbs/02a_metrics.ipynb #02a-094
 def shuffled(
     predictions: dict | list, # {id: report} or reports; at least two
     seed: int = 0,            # of the shuffle
@@ -362,7 +362,7 @@ def shuffled(
     texts = [texts[moved[place]] for place in range(len(texts))]
     return dict(zip(predictions, texts)) if isinstance(predictions, dict) else texts
 
-# %% ../nbs/02a_metrics.ipynb #02a-093
+# %% ../nbs/02a_metrics.ipynb #02a-099
 def diversity(
     predictions: dict | list,               # {id: report} or reports
     train_reports: list[str] | None = None, # to find out what was copied; None: not asked
@@ -380,7 +380,7 @@ def diversity(
         vocabulary=len({word for text in texts for word in text.split()}),
         copied=float("nan") if train_reports is None else sum(text in known for text in texts) / len(texts))
 
-# %% ../nbs/02a_metrics.ipynb #02a-098
+# %% ../nbs/02a_metrics.ipynb #02a-104
 def bootstrap_interval(
     statistics: pd.DataFrame, # from `report_statistics`
     resamples: int = 1000,    # how many draws of as many studies
@@ -395,7 +395,7 @@ def bootstrap_interval(
     scores = pd.DataFrame(_scores(np.concatenate(draws), statistics.columns))
     return pd.DataFrame({"score": corpus_scores(statistics), "low": scores.quantile(0.025), "high": scores.quantile(0.975)})
 
-# %% ../nbs/02a_metrics.ipynb #02a-108
+# %% ../nbs/02a_metrics.ipynb #02a-114
 SOURCES = {
     "CvT2DistilGPT2": "Nicolson et al. 2023, Artificial Intelligence in Medicine 144:102633",
     "R2Gen": "Chen et al. 2020, EMNLP",
@@ -416,7 +416,7 @@ PUBLISHED = { # task: rows of (system, n, protocol of the labels, averaging of c
         ("R2GenCMN", None, CHEN, None, (.475, .309, .222, .170, .191, .375)),
         ("M2 Transformer Progressive", None, UNKNOWN, None, (.486, .317, .232, .173, .192, .390))]}
 
-# %% ../nbs/02a_metrics.ipynb #02a-109
+# %% ../nbs/02a_metrics.ipynb #02a-115
 def published(
     task: str,     # name of a task
 ) -> pd.DataFrame: # a row for each system: n, scores, averaging of the clinical ones, protocol, source; empty for other tasks

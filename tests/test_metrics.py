@@ -43,6 +43,14 @@ def random_words(n: int, seed: int, references: int = 3) -> tuple[dict, dict]:
     return {i: draw() for i in range(n)}, {i: [draw() for _ in range(rng.integers(1, references + 1))] for i in range(n)}
 
 
+def five_references(n: int, seed: int) -> tuple[dict, dict]:
+    "Five people on each picture, and a model that writes words of some of them."
+    rng = np.random.default_rng(seed)
+    draw = lambda words: " ".join(rng.choice(words, rng.integers(3, 25)))
+    references = {f"s{i}": [draw(rng.choice(WORDS, 20)) for _ in range(5)] for i in range(n)}
+    return {i: draw(" ".join(texts).split()) for i, texts in references.items()}, references
+
+
 def hard_texts(n: int = 60, seed: int = 0) -> tuple[dict, dict]:
     "Every hard text as a prediction and as a reference, alone and beside another."
     rng = np.random.default_rng(seed)
@@ -51,7 +59,7 @@ def hard_texts(n: int = 60, seed: int = 0) -> tuple[dict, dict]:
     return dict(enumerate(predictions)), dict(enumerate(references))
 
 
-CORPORA = {"templates": templates(80, 0), "random words": random_words(60, 1), "hard": hard_texts()}
+CORPORA = {"templates": templates(80, 0), "random words": random_words(60, 1), "five references": five_references(60, 2), "hard": hard_texts()}
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +261,16 @@ def test_a_draw_of_the_bootstrap_is_the_score_of_that_resample():
     scores = corpus_scores(statistics.iloc[drawn])
     np.testing.assert_allclose([scores[m] for m in METRICS[:4]], Bleu().compute_score(gts, res, verbose=0)[0], rtol=0, atol=1e-9)
     assert scores["rouge_l"] == pytest.approx(Rouge().compute_score(gts, res)[0], abs=1e-9)
+
+
+def test_every_reference_counts():
+    "Without any one of the five, in any place, the scores of a corpus are others."
+    predictions, references = CORPORA["five references"]
+    scores = nlg_scores(predictions, references)
+    for left_out in range(5):
+        fewer = nlg_scores(predictions, {k: r[:left_out] + r[left_out + 1:] for k, r in references.items()})
+        assert all(fewer[m] != scores[m] for m in METRICS), left_out
+        assert all(fewer[m] <= scores[m] for m in ("bleu_4", "rouge_l")), left_out
 
 
 def test_interval_of_a_mean_is_the_textbooks():
