@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'SPELLINGS', 'VIEW', 'BODY', 'BODY_ONLY', 'LOOK_BACK', 'UP_TO_LAST', 'KNOWN', 'KNOWN_LAST', 'CANDIDATE',
            'REPORTS', 'COLUMNS', 'FORMS', 'SPLIT_NAMES', 'IMAGE_TYPES', 'THREADS', 'MAX_REPORT', 'KEPT', 'VIEW_ORDER',
-           'section_of', 'find_headings', 'read_sections', 'find_root', 'find_reports', 'view_name', 'list_images',
-           'open_reports', 'read_findings', 'read_mimic']
+           'section_of', 'find_headings', 'read_sections', 'find_root', 'find_reports', 'list_images', 'open_reports',
+           'read_findings', 'read_mimic']
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-002
 import os
@@ -26,6 +26,7 @@ from zipfile import BadZipFile, ZipFile
 import pandas as pd
 from tqdm import tqdm
 
+from .images import view_name
 from .tasks import DataError, Problem, RawData, Study, across_studies, is_inside, read_annotation
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-007
@@ -227,11 +228,6 @@ def _wrong_rows(
     return wrong
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-057
-def view_name(position: str) -> str:
-    "STAND-IN"
-    if "LAT" in position or position == "LL": return "lateral"
-    return "frontal" if position[:2] in ("PA", "AP") else ""
-
 def _read_views(root: Path, problems: list[Problem]) -> dict[str, str]:
     'Return the view of each image: "frontal", "lateral" or "" where it is not known.'
     try: table, _ = _read_table(root, "metadata")
@@ -253,7 +249,8 @@ def _read_rows(
     wrong = _wrong_rows(table, path, problems)
     spoilt, table = set(table.study_id[wrong]), table[~wrong].copy()
     table["split"] = table.split.map(SPLIT_NAMES)
-    table["view"] = table.dicom_id.map(_read_views(root, problems)).fillna("")
+    views = _read_views(root, problems)
+    table["view"] = [views.get(dicom, "") for dicom in table.dicom_id]
     table["folder"] = "p" + table.subject_id.str[:2] + "/p" + table.subject_id + "/s" + table.study_id
     return table, spoilt, path
 
