@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'ENUMERATION', 'QUOTES', 'PUNCTUATION', 'UNKNOWN', 'PROFILES', 'MEAN', 'STD', 'clean_report', 'Labels',
-           'make_labels', 'image_transform', 'normalise', 'random_numbers_of', 'ImageFolder', 'ReportDataset',
-           'collate', 'show_studies']
+           'make_labels', 'transform_image', 'image_transform', 'normalise', 'random_numbers_of', 'ImageFolder',
+           'TextLists', 'same_channels', 'ReportDataset', 'read_study', 'collate', 'show_studies']
 
 # %% ../nbs/00d_data.ipynb #00d-004
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,10 +22,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
-from torchvision.transforms import v2
+from torch.utils.data import Dataset, get_worker_info
+from torchvision.transforms.v2.functional import resize as resize_image
 
-from .prepare import open_image
+from .cache import ImageCache, Texts
+from .images import open_image
 from .tasks import Study, Task
 
 # %% ../nbs/00d_data.ipynb #00d-009
@@ -82,25 +85,47 @@ def make_labels(
     return Labels(train_reports, task.style, threshold, max_length)
 
 # %% ../nbs/00d_data.ipynb #00d-024
+def _corner(width: int, height: int, size: int, train: bool) -> tuple[int, int]:
+    "Return left and top of a square: drawn as `RandomCrop` does (top first, and only where there is a choice), or central."
+    if not train: return round((width - size)/2), round((height - size)/2)
+    top, left = (int(torch.randint(0, side - size + 1, ())) if side > size else 0 for side in (height, width))
+    return left, top
+
+def transform_image(
+    image: Image.Image, # mode "L" or "RGB"
+    resize: int,        # short side in pixels before the crop
+    size: int,          # side of the square in pixels
+    rotation: float,    # degrees at most, in training
+    train: bool,        # crop and rotate at random, or (False) take the middle
+) -> Tensor:            # (1, size, size) where the image is grey, else (3, size, size); uint8
+    "Make the published transform of an image, up to `normalise`."
+    if min(image.size) != resize: image = resize_image(image, [resize])
+    left, top = _corner(*image.size, size, train)
+    image = image.crop((left, top, left + size, top + size))
+    if train and rotation: image = image.rotate(torch.empty(1).uniform_(-rotation, rotation).item(), fillcolor=0) # to the nearest pixel
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous() # (H, W) or (H, W, 3) -> (C, H, W)
+
 def image_transform(
     task: Task,  # its `resize`, `image_size` and `rotation`
-    train: bool, # crop and rotate at random, or (False) take the middle
-) -> v2.Compose: # PIL image -> (3, image_size, image_size) uint8
-    "Make the published transform, up to `normalise`, for training or for everything else."
-    turn = [v2.RandomRotation(task.rotation)] if task.rotation else []
-    place = [v2.RandomCrop(task.image_size), *turn] if train else [v2.CenterCrop(task.image_size)]
-    return v2.Compose([v2.Resize(task.resize), *place, v2.RGB(), v2.PILToTensor()])
+    train: bool, # augment?
+) -> Callable[[Image.Image], Tensor]: # see `transform_image`
+    "Make the transform of a task."
+    return partial(transform_image, resize=task.resize, size=task.image_size, rotation=task.rotation, train=train)
 
+# %% ../nbs/00d_data.ipynb #00d-028
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # ImageNet's
 
 def normalise(
-    pixels: Tensor, # (..., 3, H, W) uint8
-) -> Tensor:        # likewise, float32
-    "Scale pixels to 0..1, subtract ImageNet's mean, divide by its standard deviation."
-    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (MEAN, STD)) # (3, 1, 1)
-    return (pixels/255 - mean)/std
+    pixels: Tensor, # (..., 1, H, W) or (..., 3, H, W) uint8
+    mean: tuple[float, ...] = MEAN, # of red, green and blue
+    std: tuple[float, ...] = STD,   # likewise
+) -> Tensor:        # (..., 3, H, W) float32
+    "Scale pixels to 0..1, subtract the mean, divide by the standard deviation."
+    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (mean, std)) # (3, 1, 1)
+    return (pixels/255 - mean)/std # one channel is broadcast to three
 
-# %% ../nbs/00d_data.ipynb #00d-028
+# %% ../nbs/00d_data.ipynb #00d-032
 @contextmanager
 def random_numbers_of(
     *numbers: int, # not negative; here the seed, the epoch and the index of a study
@@ -111,66 +136,100 @@ def random_numbers_of(
         torch.default_generator.manual_seed(seed) # torch.manual_seed would seed the GPUs, too, and with them dropout
         yield
 
-# %% ../nbs/00d_data.ipynb #00d-033
+# %% ../nbs/00d_data.ipynb #00d-037
 class ImageFolder:
-    "Open images of a folder, and hold the first ones in memory."
+    "Open the images of a folder: those of its cache, or plain files, of which the first are held in memory."
 
     def __init__(self,
         folder: str | Path,  # that paths are relative to
         limit: int = 2**28,  # bytes held at most: the demo takes 67 MB
     ):
         self.folder, self.left, self._held = Path(folder), limit, {}
+        self.cache = ImageCache(folder) if ImageCache.is_in(folder) else None
 
-    def __call__(self, path: str) -> Image.Image:
-        "Return the image at `path`; raises `DataError` as `open_image` does."
+    def __call__(self, path: str) -> Image.Image: # mode "L" or "RGB"
+        "Return the image at `path`; raises `DataError` that names it, what is wrong and the mend."
+        if self.cache is not None: return self.cache(path)
         if path in self._held: return self._held[path]
         image = open_image(self.folder/path)
         size = image.width*image.height*len(image.getbands())
-        if size <= self.left:
+        if size <= self.left and get_worker_info() is None:
             self._held[path], self.left = image, self.left - size
         return image
 
-# %% ../nbs/00d_data.ipynb #00d-035
+# %% ../nbs/00d_data.ipynb #00d-040
+@dataclass(frozen=True, eq=False)
+class TextLists:
+    "Hold a list of texts for each study, packed; `TextLists.pack(lists)` makes it."
+    texts: Texts
+    starts: np.ndarray # (studies + 1,): those of study i are `texts[starts[i]]` and so on
+
+    @classmethod
+    def pack(cls, lists: list[Sequence[str]]) -> "TextLists":
+        return cls(Texts.pack(t for texts in lists for t in texts), np.cumsum([0, *map(len, lists)]))
+
+    def __len__(self) -> int: return len(self.starts) - 1
+
+    def __getitem__(self, i: int) -> list[str]: return [self.texts[j] for j in range(self.starts[i], self.starts[i + 1])]
+
+# %% ../nbs/00d_data.ipynb #00d-044
+def same_channels(
+    images: list[Tensor], # each (..., 1, H, W) or (..., 3, H, W)
+) -> list[Tensor]:        # each (..., C, H, W): 1 where all are grey
+    "Give grey images three channels where others have them."
+    most = max(i.shape[-3] for i in images)
+    return [i.expand(*i.shape[:-3], most, *i.shape[-2:]) for i in images]
+
 class ReportDataset(Dataset):
     "Hold studies as pixels and labels; raises `DataError` where an image cannot be read."
 
     def __init__(self,
         studies: list[Study],
-        image_folder: str | Path,                # that image paths are relative to
-        transform: Callable[[Image.Image], Tensor], # image -> (3, H, W) uint8
+        image_folder: str | Path,                # that image paths are relative to, or of their cache
+        transform: Callable[[Image.Image], Tensor], # image -> (C, H, W) uint8
         label: Callable[[str], str] = str.strip, # report -> label, such as `Labels`
         seed: int = 0,                           # of the augmentation
+        draw: bool = False,                      # one of several reports at random, or (False) the first
     ):
-        self.studies, self.transform, self.seed = studies, transform, seed
-        self.images = ImageFolder(image_folder)
-        self.labels = [label(s.report) for s in studies]
+        self.transform, self.label, self.seed, self.draw = transform, label, seed, draw
+        self.images, self.paths = ImageFolder(image_folder), TextLists.pack([s.image_path for s in studies])
+        self.reports = TextLists.pack([s.reports or (s.report,) for s in studies])
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         "Choose the random numbers of an epoch."
         self._epoch.fill_(epoch)
 
-    def __len__(self) -> int: return len(self.studies)
+    def __len__(self) -> int: return len(self.paths)
 
-    def __getitem__(self, i: int) -> dict: # pixel_values (V, 3, H, W) uint8, label
-        with random_numbers_of(self.seed, int(self._epoch), i):
-            views = [self.transform(self.images(path)) for path in self.studies[i].image_path]
-        return {"pixel_values": torch.stack(views), "label": self.labels[i]}
+    def __getitem__(self, i: int) -> dict: # pixel_values (V, C, H, W) uint8, label
+        return read_study(self, i)
 
-# %% ../nbs/00d_data.ipynb #00d-042
+def read_study(
+    dataset: ReportDataset,
+    i: int, # of the study
+) -> dict:  # pixel_values (V, C, H, W) uint8, label
+    "Read a study's images and choose its label; raises `DataError`."
+    reports = dataset.reports[i]
+    with random_numbers_of(dataset.seed, int(dataset._epoch), i):
+        views = [dataset.transform(dataset.images(path)) for path in dataset.paths[i]]
+        chosen = int(torch.randint(len(reports), ())) if dataset.draw and len(reports) > 1 else 0
+    return {"pixel_values": torch.stack(same_channels(views)), "label": dataset.label(reports[chosen])}
+
+# %% ../nbs/00d_data.ipynb #00d-052
 def collate(
     items: list[dict],                                # of a `ReportDataset`
     tokenize: Callable[[list[str]], dict] | None = None, # labels -> tensors that the model is trained with, such as `tokenize_reports`
-) -> dict: # pixel_values (B, 3, H, W) or (B, V, 3, H, W); view_mask (B, V) bool where V differs; what `tokenize` returns
-    "Make a batch of studies."
+) -> dict: # pixel_values (B, C, H, W) or (B, V, C, H, W) uint8; view_mask (B, V) bool where V differs; what `tokenize` returns
+    "Make a batch of studies; the model normalises its pixels."
     views = [len(item["pixel_values"]) for item in items]
-    pixels = normalise(torch.cat([item["pixel_values"] for item in items])) # B times (V, 3, H, W) -> (all images, 3, H, W)
-    if max(views) > 1: pixels = pad_sequence(pixels.split(views), batch_first=True) # (B, V, 3, H, W)
+    pixels = torch.cat(same_channels([item["pixel_values"] for item in items])) # B times (V, C, H, W) -> (all images, C, H, W)
+    if max(views) > 1: pixels = pad_sequence(pixels.split(views), batch_first=True) # (B, V, C, H, W)
     batch = {"pixel_values": pixels}
     if min(views) < max(views): batch["view_mask"] = torch.arange(max(views)) < torch.tensor(views)[:, None] # (B, V)
     return batch | (tokenize([item["label"] for item in items]) if tokenize else {})
 
-# %% ../nbs/00d_data.ipynb #00d-050
+# %% ../nbs/00d_data.ipynb #00d-060
 def _write(ax: plt.Axes, text: str) -> None:
     "Fill an empty panel with text, cut where the panel ends."
     lines = textwrap.wrap(" ".join(text.split()), 48, max_lines=14, placeholder=" ...")
@@ -183,13 +242,12 @@ def show_studies(
 ) -> plt.Figure:
     "Draw each study as a row: its images, its report and, where given, what a model wrote; raises `DataError` for a bad image."
     views, titles = max(len(s.image_path) for s in studies), ["Reference", "Generated"] if generated else ["Report"]
-    ratios = [1]*views + [1.5]*len(titles)
+    ratios, images = [1]*views + [1.5]*len(titles), ImageFolder(image_folder)
     fig, axes = plt.subplots(len(studies), len(ratios), figsize=(2*sum(ratios), 2.1*len(studies)), dpi=72,
                              squeeze=False, width_ratios=ratios, layout="constrained")
     for title, ax in zip(titles, axes[0, views:]): ax.set_title(title, fontsize=9, loc="left")
     for study, row in zip(studies, axes):
         for ax in row: ax.axis("off")
-        for path, ax in zip(study.image_path, row):
-            ax.imshow(ImageOps.pad(open_image(Path(image_folder)/path), (256, 256)), cmap="gray", vmin=0, vmax=255)
+        for path, ax in zip(study.image_path, row): ax.imshow(ImageOps.pad(images(path), (256, 256)), cmap="gray", vmin=0, vmax=255)
         for text, ax in zip((study.report, (generated or {}).get(study.id, "")), row[views:]): _write(ax, text)
     return fig

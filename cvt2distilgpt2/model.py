@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['HUB_ARGUMENTS', 'RELEASED_NAMES', 'UNUSED', 'CvT2DistilGPT2Config', 'ViewEncoder', 'token_mask', 'report_loss',
-           'ReportImageProcessor', 'card_text', 'model_card', 'save_companions', 'load_companions', 'Portable',
-           'ModelParts', 'ReportModel', 'read_dicom', 'read_image', 'study_batch', 'Inert', 'TensorUnpickler',
-           'read_checkpoint', 'from_released_names', 'CvT2DistilGPT2', 'write_reports', 'warm_start', 'load_released']
+           'ReportImageProcessor', 'encoder_input', 'card_text', 'model_card', 'save_companions', 'load_companions',
+           'Portable', 'ModelParts', 'ReportModel', 'read_dicom', 'read_image', 'study_batch', 'Inert',
+           'TensorUnpickler', 'read_checkpoint', 'from_released_names', 'CvT2DistilGPT2', 'write_reports', 'warm_start',
+           'load_released']
 
 # %% ../nbs/01d_model.ipynb #01d-002
 import re
@@ -32,9 +33,10 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import cached_file
 
+from .data import MEAN, STD, normalise
 from .decoder import DEMO_DECODER, decode_reports, decoder_config, load_decoder, load_tokenizer
 from .encoder import CVT_CONFIGS, CvT, CvTConfig, check_source, count_parameters, load_cvt, load_exactly
-from .prepare import open_image, scale_to_8_bit, to_8_bit
+from .images import open_image, scale_to_8_bit, to_8_bit
 
 # %% ../nbs/01d_model.ipynb #01d-008
 class CvT2DistilGPT2Config(PreTrainedConfig):
@@ -107,8 +109,8 @@ class ReportImageProcessor(ImageProcessingMixin):
     def __init__(self,
         resize: int = 448,     # short side in pixels before the crop
         image_size: int = 384, # side in pixels of the square
-        image_mean: tuple = (0.485, 0.456, 0.406), # ImageNet's, of red, green and blue
-        image_std: tuple = (0.229, 0.224, 0.225),  # likewise
+        image_mean: tuple = MEAN, # ImageNet's, of red, green and blue
+        image_std: tuple = STD,   # likewise
         **kwargs):
         super().__init__(**kwargs)
         self.resize, self.image_size, self.image_mean, self.image_std = resize, image_size, list(image_mean), list(image_std)
@@ -117,6 +119,16 @@ class ReportImageProcessor(ImageProcessingMixin):
         prepare = v2.Compose([v2.Resize(self.resize, v2.InterpolationMode.BILINEAR, antialias=True), v2.CenterCrop(self.image_size),
             v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.image_mean, self.image_std)])
         return BatchFeature({"pixel_values": torch.stack([prepare(image.convert("RGB")) for image in images])})
+
+# %% ../nbs/01d_model.ipynb #fc75c019
+def encoder_input(
+    pixel_values: Tensor,            # (..., 3, H, W) and normalised, or (..., 1 or 3, H, W) uint8
+    processor: ReportImageProcessor, # whose mean and standard deviation count
+) -> Tensor:                         # (..., 3, H, W), floating
+    "Normalise 8-bit pixels, and leave floating ones as they are; raises `TypeError` for other types."
+    if pixel_values.dtype == torch.uint8: return normalise(pixel_values, processor.image_mean, processor.image_std)
+    if pixel_values.is_floating_point(): return pixel_values
+    raise TypeError(f"pixel_values must be uint8 (0 to 255), or floating and normalised, not {pixel_values.dtype}")
 
 # %% ../nbs/01d_model.ipynb #01d-025
 def card_text(
@@ -223,15 +235,15 @@ class ModelParts(Portable):
     def get_output_embeddings(self): return self.decoder.get_output_embeddings()
 
     def encode(self, pixel_values: Tensor, view_mask: Tensor | None = None) -> Tensor: # (B, V*N, width)
-        "Turn images, (B, 3, H, W) or (B, V, 3, H, W), into visual tokens; `view_mask` (B, V) says which views are real."
-        if not pixel_values.is_floating_point(): raise TypeError(f"pixel_values must be scaled and normalised, not {pixel_values.dtype}")
-        return self.projection(self.encoder(pixel_values.to(self.dtype), view_mask))
+        "Turn images, (B, C, H, W) or (B, V, C, H, W) as `encoder_input` takes them, into visual tokens; `view_mask` (B, V) says which views are real."
+        pixels = encoder_input(pixel_values, self.image_processor)
+        return self.projection(self.encoder(pixels.to(self.dtype), view_mask))
 
 # %% ../nbs/01d_model.ipynb #01d-039
 class ReportModel(ModelParts):
     "From the views of a study and the beginning of its report to the next token."
     def forward(self,
-        pixel_values: Tensor | None = None,             # (B, 3, H, W) or (B, V, 3, H, W)
+        pixel_values: Tensor | None = None,             # (B, C, H, W) or (B, V, C, H, W), see `encoder_input`
         view_mask: Tensor | None = None,                # (B, V): is it a real view?
         decoder_input_ids: Tensor | None = None,        # (B, T), the report so far
         decoder_attention_mask: Tensor | None = None,   # (B, T)

@@ -45,7 +45,7 @@ from transformers.utils.notebook import NotebookProgressCallback, text_to_html_t
 from .data import Labels, ReportDataset, collate, image_transform, make_labels
 from .decoder import decode_reports, tokenize_reports, train_tokenizer
 from .metrics import nlg_scores
-from .model import CvT2DistilGPT2, CvT2DistilGPT2Config, ReportImageProcessor
+from .model import CvT2DistilGPT2, CvT2DistilGPT2Config, ReportImageProcessor, encoder_input
 from .phantom import FINDINGS, Finding, finding_scores
 from .prepare import prepare, task_arguments
 from .tasks import Study, Task, project_root, task_parameters
@@ -147,10 +147,10 @@ def make_dataset(
     task: Task,
     studies: list[Study],
     label: Labels, # the task's profile
-    train: bool,   # augment?
+    train: bool,   # augment, and draw one of several reports?
 ) -> ReportDataset:
     "Make the data set of one split."
-    return ReportDataset(studies, task.image_folder, image_transform(task, train), label, task.seed)
+    return ReportDataset(studies, task.image_folder, image_transform(task, train), label, task.seed, draw=train)
 
 def make_collate(model: CvT2DistilGPT2, task: Task):
     "Return what makes a batch of items: pixels padded to the same views, reports as the model's tokens."
@@ -220,15 +220,16 @@ def _fit(module: nn.Module, task: Task, dataset: ReportDataset, loader: DataLoad
 def warm_start(
     model: CvT2DistilGPT2,  # its encoder is trained in place
     task: Task,             # `warm_start` epochs at `lr`, in batches of `batch_size`
-    dataset: ReportDataset, # of training studies whose findings are known
+    dataset: ReportDataset, # of training studies
+    studies: list[Study],   # the same, with their findings
 ) -> list[float]: # mean loss of each epoch, nats a finding
     "Teach the encoder to name findings."
-    device, truth = processes().device, finding_targets(dataset.studies)
+    device, truth = processes().device, finding_targets(studies)
     classifier = FindingClassifier(model).to(device).train()
     def batches(index): return collate([dataset[i] for i in index]) | {"truth": truth[index]}
     def loss(batch):
-        *pixels, targets = (v.to(device) for v in batch.values()) # pixel_values, perhaps view_mask
-        return F.binary_cross_entropy_with_logits(classifier(*pixels), targets)
+        pixels, *mask, targets = (v.to(device) for v in batch.values()) # pixel_values, perhaps view_mask
+        return F.binary_cross_entropy_with_logits(classifier(encoder_input(pixels, model.image_processor), *mask), targets)
     loader = DataLoader(range(len(dataset)), task.batch_size, shuffle=True, drop_last=True, num_workers=task.workers, collate_fn=batches)
     return _fit(classifier, task, dataset, loader, loss)
 
@@ -399,7 +400,7 @@ def train(
     model = make_model(task, [text for texts in references_of(studies["train"], label) for text in texts], init)
     trainer = make_trainer(model, task, studies, folder)
     checkpoint = last_checkpoint(folder)
-    if task.warm_start and not checkpoint and not init: warm_start(model, task, trainer.train_dataset)
+    if task.warm_start and not checkpoint and not init: warm_start(model, task, trainer.train_dataset, studies["train"])
     trainer.train(resume_from_checkpoint=checkpoint)
     references = references_of(studies["val"], label)
     generated = decode(model, trainer.predict(trainer.eval_dataset).predictions, len(references))

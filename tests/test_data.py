@@ -11,10 +11,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
+from torchvision.transforms import v2
 from trees import make_iu, make_mimic
 
-from cvt2distilgpt2.data import MEAN, STD, ImageFolder, Labels, ReportDataset, clean_report, collate, image_transform, make_labels, normalise, random_numbers_of
-from cvt2distilgpt2.prepare import open_image
+from cvt2distilgpt2.cache import build_cache
+from cvt2distilgpt2.data import (MEAN, STD, ImageFolder, Labels, ReportDataset, TextLists, clean_report, collate, image_transform, make_labels,
+                                 normalise, random_numbers_of, transform_image)
+from cvt2distilgpt2.images import open_image
 from cvt2distilgpt2.tasks import DataError, Study, get_task, open_task
 
 DATA = os.environ.get("CVT2DISTILGPT2_TEST_DATA")
@@ -104,6 +107,28 @@ def test_transforms_are_the_published_ones(size, mode):
         assert torch.equal(ours, theirs)
 
 
+def noise(rng, width, height, mode):
+    return Image.fromarray(rng.integers(0, 256, (height, width) + (3,)*(mode == "RGB"), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_transform_is_torchvisions_bit_for_bit(seed):
+    "400 drawn images, sizes, crops and angles: the same pixels as v2's own Compose, from the same random numbers, which are left in the same state."
+    rng = np.random.default_rng(seed)
+    for i in range(100):
+        resize = int(rng.integers(20, 70))
+        size = int(rng.integers(resize - 15, resize + 1)) # up to no choice at all
+        width, height = (int(rng.integers(16, 200)) for _ in range(2)) if i % 3 else (resize, int(rng.integers(resize, 90)))
+        if i % 10 == 0: width, height = 16, int(rng.integers(300, 900)) # very long
+        image = noise(rng, *((width, height) if i % 2 else (height, width)), "L" if i % 4 else "RGB")
+        degrees, train = float(rng.choice([0.0, 5.0, 180.0])), bool(rng.integers(5))
+        turn = [v2.RandomRotation(degrees)] if degrees else []
+        theirs = v2.Compose([v2.Resize(resize), *([v2.RandomCrop(size), *turn] if train else [v2.CenterCrop(size)]), v2.PILToTensor()])
+        with random_numbers_of(seed, i): ours, after = transform_image(image, resize, size, degrees, train), torch.rand(())
+        with random_numbers_of(seed, i): wanted, wanted_after = theirs(image), torch.rand(())
+        assert ours.shape == wanted.shape and torch.equal(ours, wanted) and after == wanted_after, (i, image.size, resize, size, degrees)
+
+
 @pytest.fixture
 def iu(tmp_path):
     return get_task("iu_x_ray", **make_iu(tmp_path, n=7), resize=40, image_size=32)
@@ -139,12 +164,16 @@ def test_pixels_depend_on_seed_epoch_and_index_only(iu):
     assert not torch.equal(twice[0]["pixel_values"], twice[1]["pixel_values"])
 
 
-def test_held_images(iu):
+def test_held_images(iu, monkeypatch):
     "Up to the limit images are held, above it they are read anew; the pixels are those of the file."
     paths = [p for s in open_task(iu)["train"] for p in s.image_path]
     images = ImageFolder(iu.image_folder, limit=3*100*120 + 1)
     first, second = [[np.asarray(images(p)) for p in paths] for _ in range(2)]
     for a, b, p in zip(first, second, paths): assert np.array_equal(a, b) and np.array_equal(a, np.asarray(open_image(iu.image_folder/p)))
+    with monkeypatch.context() as m: # in a worker, none is held: each would have its own
+        m.setattr("cvt2distilgpt2.data.get_worker_info", lambda: "a worker")
+        other = ImageFolder(iu.image_folder)
+        assert np.array_equal(other(paths[0]), first[0]) and not other._held
     for p in paths: (iu.image_folder/p).unlink()
     assert [images(p).size for p in paths[:3]] == [(100, 120)]*3
     with pytest.raises(DataError, match="missing"): images(paths[3])
@@ -158,7 +187,59 @@ def test_bad_image_is_named(iu):
     with pytest.raises(DataError, match=re.escape(str(path))): list(DataLoader(dataset, collate_fn=collate))
 
 
+def test_cache_instead_of_files(iu, tmp_path):
+    "From a cache come the pixels of the files, whatever the workers; what it lacks is named."
+    studies = open_task(iu)["train"]
+    build_cache([p for s in studies for p in s.image_path][1:], tmp_path/"cache", iu.image_folder, iu.resize)
+    make = lambda folder, studies=studies[1:]: ReportDataset(studies, folder, image_transform(iu, train=True))
+    for options in (dict(), dict(num_workers=2)):
+        for a, b in zip(all_pixels(make(iu.image_folder)), all_pixels(make(tmp_path/"cache"), **options)): assert torch.equal(a, b)
+    with pytest.raises(DataError, match=re.escape(studies[0].image_path[0]) + ".*not in the cache"): make(tmp_path/"cache", studies)[0]
+
+
+def test_several_references(iu):
+    "Training draws one a study and epoch, always the same for the same seed; one alone changes no random number; all else takes the first."
+    texts = ("First.", "Second.", "Third.")
+    one, *others = open_task(iu)["train"]
+    several = [Study(f"{i}", texts[0], one.image_path, "train", texts) for i in range(60)]
+    make = lambda studies, **options: ReportDataset(studies, iu.image_folder, image_transform(iu, train=True), str.upper, **options)
+    drawn = make(several, draw=True)
+    epochs = []
+    for epoch in range(3):
+        drawn.set_epoch(epoch)
+        epochs.append([item["label"] for item in (drawn[i] for i in range(60))])
+    assert all(set(e) == {t.upper() for t in texts} for e in epochs) and epochs[0] != epochs[1]
+    assert [make(several, draw=True)[i]["label"] for i in range(60)] == epochs[0]
+    assert {make(several)[i]["label"] for i in range(60)} == {"FIRST."}
+    for i in range(len(others)):
+        a, b = make(others)[i], make(others, draw=True)[i]
+        assert torch.equal(a["pixel_values"], b["pixel_values"]) and a["label"] == b["label"]
+        assert torch.equal(make([several[0]]*9)[8]["pixel_values"], make([several[0]]*9, draw=True)[8]["pixel_values"])
+
+
+def test_lists_are_packed():
+    lists = [["a", "Größe 5 µm"], [], ["", "\ud800 alone"], ["x"]]
+    packed = TextLists.pack(lists)
+    assert [packed[i] for i in range(4)] == lists == [packed[i] for i in range(len(packed))]
+    with pytest.raises(IndexError): packed[4]
+
+
 # batches
+
+def test_grey_and_colour(iu):
+    "Grey stays one channel; where one view or one study is in colour, all have three, and the numbers are those of the published code."
+    rng = np.random.default_rng(0)
+    grey, colour = ((torch.from_numpy(rng.integers(0, 256, (1, c, 4, 4), dtype=np.uint8))) for c in (1, 3))
+    item = lambda pixels: {"pixel_values": pixels, "label": ""}
+    assert collate([item(grey)]*2)["pixel_values"].shape == (2, 1, 4, 4)
+    mixed = collate([item(grey), item(colour)])["pixel_values"]
+    assert mixed.shape == (2, 3, 4, 4) and mixed.dtype == torch.uint8 and torch.equal(mixed[0], grey[0].expand(3, 4, 4)) and torch.equal(mixed[1], colour[0])
+    assert torch.equal(normalise(grey), normalise(grey.expand(1, 3, 4, 4)))
+    noise(rng, 60, 50, "L").save(iu.image_folder/"g.png")
+    noise(rng, 60, 50, "RGB").save(iu.image_folder/"c.png")
+    both = ReportDataset([Study("1", "x", ("g.png", "c.png"), "train")], iu.image_folder, image_transform(iu, train=False))[0]["pixel_values"]
+    assert both.shape == (2, 3, 32, 32) and both[0].eq(both[0, :1]).all() and not both[1].eq(both[1, :1]).all()
+
 
 @pytest.mark.parametrize("views", [(1, 1), (2, 2), (1, 3, 2), (3,), (1,)])
 def test_collate(views):
@@ -170,7 +251,7 @@ def test_collate(views):
     assert batch["labels"].tolist() == list(range(B)) and ("view_mask" in batch) == (len(set(views)) > 1)
     for row, item in zip(batch["pixel_values"].reshape(B, V, 3, 4, 4), items):
         v = len(item["pixel_values"])
-        assert torch.equal(row[:v], normalise(item["pixel_values"])) and not row[v:].any()
+        assert torch.equal(row[:v], item["pixel_values"]) and row.dtype == torch.uint8 and not row[v:].any()
     if "view_mask" in batch: assert batch["view_mask"].sum(1).tolist() == list(views) and batch["view_mask"].dtype == torch.bool
 
 
@@ -180,9 +261,9 @@ def test_real_radiographs():
     for train, studies in ((True, open_task(task)["train"]), (False, open_task(task)["test"])):
         dataset = ReportDataset(studies, task.image_folder, image_transform(task, train), make_labels(task, []))
         (batch,) = DataLoader(dataset, batch_size=len(studies), collate_fn=collate)
-        assert batch["pixel_values"].shape == (len(studies), 2, 3, 56, 56)
-        assert batch["view_mask"].sum() == sum(len(s.image_path) for s in studies) and batch["pixel_values"].isfinite().all()
-        assert dataset.labels == [s.report.strip() for s in studies]
+        assert batch["pixel_values"].shape[:2] == (len(studies), 2) and batch["pixel_values"].shape[3:] == (56, 56)
+        assert batch["view_mask"].sum() == sum(len(s.image_path) for s in studies) and batch["pixel_values"].dtype == torch.uint8
+        assert [dataset[i]["label"] for i in range(len(studies))] == [s.report.strip() for s in studies]
 
 
 # the notebook

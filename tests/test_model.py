@@ -163,8 +163,21 @@ def test_empty_views_do_not_reach_the_statistics(model):
         model.train().encode(images, mask)
         seen.append(model.encoder.cvt.stage0.blocks[0].attn.conv_proj_q.bn.running_mean.clone())
     assert torch.equal(*seen) and not torch.equal(seen[0], state["encoder.cvt.stage0.blocks.0.attn.conv_proj_q.bn.running_mean"])
-    with pytest.raises(TypeError, match="uint8"): model.encode(images.to(torch.uint8))
+    with pytest.raises(TypeError, match="int64"): model.encode(images.long())
     with pytest.raises(ValueError, match="no view"): model.encode(images, torch.zeros(2, 2).bool())
+
+
+def test_eight_bit_pixels(model):
+    "Pixels of 0 to 255, grey or in colour, one view or several, give the logits and the tokens of the same pixels normalised before."
+    rng, ids = torch.Generator().manual_seed(0), torch.tensor([[model.config.bos_token_id, 3], [model.config.bos_token_id, 5]])
+    mean, std = (torch.tensor(v)[:, None, None] for v in (model.image_processor.image_mean, model.image_processor.image_std))
+    for shape in ((2, 1, 64, 64), (2, 3, 64, 64), (2, 2, 1, 64, 64)):
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
+        floats = (pixels.expand(*shape[:-3], 3, 64, 64)/255 - mean)/std
+        assert torch.equal(model(pixels, decoder_input_ids=ids).logits, model(floats, decoder_input_ids=ids).logits)
+        assert torch.equal(model.generate(pixels, max_length=8), model.generate(floats, max_length=8))
+    model.image_processor.image_mean = [0.0, 0.0, 0.0] # a model of other statistics
+    assert not torch.equal(model.encode(pixels), model.encode(floats))
 
 
 def test_generation_ends_and_pads(model):
