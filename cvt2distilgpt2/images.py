@@ -117,6 +117,7 @@ def _look_up(
     data = np.asarray(data)[:entries or 65536]
     return data[np.clip(values.round().astype(int) - first, 0, len(data) - 1)], data.min(), data.max()
 
+# %% ../nbs/00ba_images.ipynb #00ba-024
 def _grey_levels(
     values: np.ndarray,      # (N,), as stored: all whole numbers from the least to the greatest of the image
     seen: tuple[int, int],   # the first and the last of `values` that are not padding
@@ -132,7 +133,7 @@ def _grey_levels(
         levels = scale_to_8_bit(shown, inside.min(), inside.max())
     return 255 - levels if file.PhotometricInterpretation == "MONOCHROME1" else levels
 
-# %% ../nbs/00ba_images.ipynb #00ba-029
+# %% ../nbs/00ba_images.ipynb #00ba-030
 def _seen_range(
     pixels: np.ndarray, # as stored
     file: Dataset,
@@ -159,7 +160,7 @@ def _show(
     levels = _grey_levels(np.arange(least, int(pixels.max()) + 1), _seen_range(pixels, file), file)
     return Image.fromarray(levels[pixels.astype(np.int32) - least])
 
-# %% ../nbs/00ba_images.ipynb #00ba-034
+# %% ../nbs/00ba_images.ipynb #00ba-035
 DECODERS = ("pydicom", "pillow", "pylibjpeg") # in this order; not gdcm and pyjpegls, which do not outlive damaged files
 
 def _plugins(
@@ -177,7 +178,7 @@ def _plugins(
     raise BadImage(f"compressed as {syntax.name}, which cannot be decoded here",
                    "Install pylibjpeg, pylibjpeg-libjpeg and pylibjpeg-openjpeg, or decompress it (gdcmconv --raw, dcmdjpeg).")
 
-# %% ../nbs/00ba_images.ipynb #00ba-036
+# %% ../nbs/00ba_images.ipynb #00ba-037
 def _stream_size(
     stream: bytes, # JPEG, JPEG-LS or JPEG 2000, from its first byte
 ) -> tuple[int, int, int]: # width, height, and how many values a pixel has
@@ -195,31 +196,37 @@ def _stream_size(
         place += 2 + length
     raise ValueError("no size in the compressed stream")
 
+# %% ../nbs/00ba_images.ipynb #00ba-038
 def _decode(
     file: Dataset,
 ) -> np.ndarray: # (H, W) as stored, or (H, W, 3)
     "Decode the pixels of `file`; raises `BadImage`, or whatever the decoders do."
     plugins, syntax = _plugins(file), file.file_meta.TransferSyntaxUID
+    if not file.get("PixelData"): raise BadImage("DICOM whose pixels are missing: cut short, or a header alone", "Fetch or write it again.")
     if syntax.is_encapsulated and syntax != RLELossless:
         claimed = _stream_size(next(generate_frames(file.PixelData, number_of_frames=1)))
-        if claimed != (file.Columns, file.Rows, file.SamplesPerPixel): raise ValueError(f"the compressed stream is of another size: {claimed}")
+        if claimed != (file.Columns, file.Rows, file.SamplesPerPixel):
+            raise BadImage(f"compressed pixels of another size (width, height, colours: {claimed}) than the header's", "Fetch or write it again.")
     for plugin in plugins[:-1]:
         try: return pixel_array(file, decoding_plugin=plugin)
         except Exception: pass # the next may read what this one cannot
     return pixel_array(file, decoding_plugin=plugins[-1])
 
-# %% ../nbs/00ba_images.ipynb #00ba-038
+# %% ../nbs/00ba_images.ipynb #00ba-040
 OPTIONAL = ("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence", "VOILUTFunction", "WindowCenter", "WindowWidth",
             "PixelPaddingValue", "PixelPaddingRangeLimit")
 
 def _check_header(file: Dataset) -> None:
     "Raise `BadImage` unless `file` holds one image of a sensible size that can be decoded here."
     if not file.get("Rows") or not file.get("Columns"):
-        raise BadImage(f"DICOM without an image ({getattr(file.get('SOPClassUID'), 'name', 'of no known kind')})", "Give the file of a radiograph.")
-    if (frames := int(file.get("NumberOfFrames") or 1)) > 1: raise BadImage(f"DICOM with {frames} frames", "Give one image: write a frame to a file of its own.")
+        kind = file.get("SOPClassUID") or file.file_meta.get("MediaStorageSOPClassUID")
+        raise BadImage(f"DICOM without an image ({kind.name if kind else 'of no known kind'})", "Give the file of a radiograph.")
+    frames = int(file.get("NumberOfFrames") or 1)
+    if frames > 1: raise BadImage(f"DICOM with {frames} frames", "Give one image: write a frame to a file of its own.")
     check_size(file.Columns, file.Rows)
     _plugins(file)
 
+# %% ../nbs/00ba_images.ipynb #00ba-041
 def _read_dicom(path: Path, header_only: bool = False) -> FileDataset:
     "Read a DICOM file that holds one image; raises `BadImage`, or whatever pydicom does."
     file = dcmread(path, stop_before_pixels=header_only, force=True) # force: also without the preamble
@@ -227,11 +234,11 @@ def _read_dicom(path: Path, header_only: bool = False) -> FileDataset:
         file.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if file.original_encoding[0] else ExplicitVRLittleEndian
     for name in OPTIONAL:
         if name in file and file[name].is_empty: delattr(file, name)
-    if not file.get("WindowWidth", 1): del file.WindowWidth # a window of no width is none
+    if np.atleast_1d(file.get("WindowWidth", 1))[0] <= 0: del file.WindowWidth # a window of no width is none
     _check_header(file)
     return file
 
-# %% ../nbs/00ba_images.ipynb #00ba-041
+# %% ../nbs/00ba_images.ipynb #00ba-044
 def _is_dicom(path: Path) -> bool:
     "Tell whether a file begins as DICOM does: with its preamble, or at once with a field of group 2 or 8."
     with open(path, "rb") as f: head = f.read(132)
@@ -251,6 +258,7 @@ def open_image(
             if least_side: image.draft(image.mode, (least_side, least_side))
             return to_8_bit(image)
 
+# %% ../nbs/00ba_images.ipynb #00ba-045
 def read_size(
     path: str | Path, # of an image file
 ) -> tuple[int, int]: # width and height in pixels
@@ -263,7 +271,7 @@ def read_size(
             check_size(*image.size)
             return image.size
 
-# %% ../nbs/00ba_images.ipynb #00ba-054
+# %% ../nbs/00ba_images.ipynb #00ba-058
 def read_image(
     image: Image.Image | np.ndarray | str | Path, # picture, (H, W) or (H, W, 3) array, or path of an image file
 ) -> Image.Image:                                 # 8-bit, mode "L" or "RGB"
@@ -273,7 +281,7 @@ def read_image(
     if not isinstance(image, (str, Path)): raise TypeError(f"an image is a picture, an array or a path, not {type(image).__name__}")
     return open_image(image)
 
-# %% ../nbs/00ba_images.ipynb #00ba-058
+# %% ../nbs/00ba_images.ipynb #00ba-062
 FRONTAL = {"AP", "PA", "FRONTAL", "ANTEROPOSTERIOR", "POSTEROANTERIOR"}
 LATERAL = {"LL", "RL", "LAT", "LATERAL"}
 
