@@ -324,7 +324,7 @@ def _make_shards(missing: dict[int, list[str]], folder: Path, source: Path, reci
             yield image
     with _pool(processes) as pool:
         stored = partial(pool.map, partial(_store_image, source=source, recipe=recipe), chunksize=4)
-        print(_estimate([p for paths in missing.values() for p in paths], folder, stored))
+        bar.write(_estimate([p for paths in missing.values() for p in paths], folder, stored))
         try:
             for i, paths in missing.items():
                 state = _state_of(paths, source) # before they are read: what changes later is seen next time

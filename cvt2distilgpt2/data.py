@@ -91,6 +91,7 @@ def _corner(width: int, height: int, size: int, train: bool) -> tuple[int, int]:
     top, left = (int(torch.randint(0, side - size + 1, ())) if side > size else 0 for side in (height, width))
     return left, top
 
+# %% ../nbs/00d_data.ipynb #00d-026
 def transform_image(
     image: Image.Image, # mode "L" or "RGB"
     resize: int,        # short side in pixels before the crop
@@ -113,7 +114,7 @@ def image_transform(
     "Make the transform of a task."
     return partial(transform_image, resize=task.resize, size=task.image_size, rotation=task.rotation, train=train)
 
-# %% ../nbs/00d_data.ipynb #00d-028
+# %% ../nbs/00d_data.ipynb #00d-030
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # ImageNet's
 
 def normalise(
@@ -125,7 +126,7 @@ def normalise(
     mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (mean, std)) # (3, 1, 1)
     return (pixels/255 - mean)/std # one channel is broadcast to three
 
-# %% ../nbs/00d_data.ipynb #00d-032
+# %% ../nbs/00d_data.ipynb #00d-034
 @contextmanager
 def random_numbers_of(
     *numbers: int, # not negative; here the seed, the epoch and the index of a study
@@ -136,7 +137,7 @@ def random_numbers_of(
         torch.default_generator.manual_seed(seed) # torch.manual_seed would seed the GPUs, too, and with them dropout
         yield
 
-# %% ../nbs/00d_data.ipynb #00d-037
+# %% ../nbs/00d_data.ipynb #00d-039
 class ImageFolder:
     "Open the images of a folder: those of its cache, or plain files, of which the first are held in memory."
 
@@ -157,7 +158,7 @@ class ImageFolder:
             self._held[path], self.left = image, self.left - size
         return image
 
-# %% ../nbs/00d_data.ipynb #00d-040
+# %% ../nbs/00d_data.ipynb #00d-042
 @dataclass(frozen=True, eq=False)
 class TextLists:
     "Hold a list of texts for each study, packed; `TextLists.pack(lists)` makes it."
@@ -172,7 +173,7 @@ class TextLists:
 
     def __getitem__(self, i: int) -> list[str]: return [self.texts[j] for j in range(self.starts[i], self.starts[i + 1])]
 
-# %% ../nbs/00d_data.ipynb #00d-044
+# %% ../nbs/00d_data.ipynb #00d-046
 def same_channels(
     images: list[Tensor], # each (..., 1, H, W) or (..., 3, H, W)
 ) -> list[Tensor]:        # each (..., C, H, W): 1 where all are grey
@@ -180,6 +181,7 @@ def same_channels(
     most = max(i.shape[-3] for i in images)
     return [i.expand(*i.shape[:-3], most, *i.shape[-2:]) for i in images]
 
+# %% ../nbs/00d_data.ipynb #00d-047
 class ReportDataset(Dataset):
     "Hold studies as pixels and labels; raises `DataError` where an image cannot be read."
 
@@ -205,6 +207,7 @@ class ReportDataset(Dataset):
     def __getitem__(self, i: int) -> dict: # pixel_values (V, C, H, W) uint8, label
         return read_study(self, i)
 
+# %% ../nbs/00d_data.ipynb #00d-048
 def read_study(
     dataset: ReportDataset,
     i: int, # of the study
@@ -216,7 +219,7 @@ def read_study(
         chosen = int(torch.randint(len(reports), ())) if dataset.draw and len(reports) > 1 else 0
     return {"pixel_values": torch.stack(same_channels(views)), "label": dataset.label(reports[chosen])}
 
-# %% ../nbs/00d_data.ipynb #00d-052
+# %% ../nbs/00d_data.ipynb #00d-056
 def collate(
     items: list[dict],                                # of a `ReportDataset`
     tokenize: Callable[[list[str]], dict] | None = None, # labels -> tensors that the model is trained with, such as `tokenize_reports`
@@ -229,7 +232,7 @@ def collate(
     if min(views) < max(views): batch["view_mask"] = torch.arange(max(views)) < torch.tensor(views)[:, None] # (B, V)
     return batch | (tokenize([item["label"] for item in items]) if tokenize else {})
 
-# %% ../nbs/00d_data.ipynb #00d-060
+# %% ../nbs/00d_data.ipynb #00d-064
 def _write(ax: plt.Axes, text: str) -> None:
     "Fill an empty panel with text, cut where the panel ends."
     lines = textwrap.wrap(" ".join(text.split()), 48, max_lines=14, placeholder=" ...")
