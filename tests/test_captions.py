@@ -15,7 +15,7 @@ from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittle
 
 from cvt2distilgpt2.captions import drawn_split, read_captions, read_folder, read_table
 from cvt2distilgpt2.images import open_image
-from cvt2distilgpt2.tasks import SPLITS, DataError, by_split, read_annotation
+from cvt2distilgpt2.tasks import SPLITS, DataError, by_split, read_annotation, write_annotation
 
 N = 12 # studies of the good inputs
 
@@ -43,6 +43,7 @@ def good_captions(root: Path) -> dict:
     images = [dict(id=i, file_name=f"{i}.png") for i in range(N)]
     captions = [dict(id=10*i + k, image_id=i, caption=f"Caption {k} of picture {i}, \"größer\".") for i in range(N) for k in range(2 + i % 4)]
     for i in range(N): image(root/"pictures"/f"{i}.png", i)
+    image(root/"0.png") # outside, to be led to
     return dict(info={}, images=images, annotations=captions)
 
 
@@ -392,6 +393,14 @@ def test_coco_in_its_own_layout(tmp_path):
     assert [(p.id, p.what) for p in bad.problems] == [("3", "unknown split 'nonsense'")] and bad.studies == found.studies[:3] + found.studies[4:]
 
 
+def test_what_was_read_can_be_written_and_read_again(tmp_path):
+    write_captions(tmp_path, good_captions(tmp_path))
+    found = read_captions(tmp_path/"captions.json", tmp_path/"pictures")
+    again = read_annotation(write_annotation(found.studies, tmp_path/"annotation.json"))
+    assert sorted((s for part in again.values() for s in part), key=lambda s: int(s.id)) == found.studies
+    assert again["train"][0].reports[1].startswith("Caption 1 of picture")
+
+
 def test_one_bad_file_of_several(tmp_path):
     write_captions(tmp_path, good_captions(tmp_path)).rename(tmp_path/"train.json")
     (tmp_path/"val.json").write_text("{")
@@ -410,6 +419,14 @@ def test_the_size_of_coco(tmp_path):
                                   annotations=[dict(id=i, image_id=i % 118_287, caption=f"Caption {i}.") for i in range(591_753)]))
     found = read_captions(tmp_path/"captions.json", tmp_path/"images")
     assert len(found.studies) == 118_287 and not found.problems and found.counts["captions"] == 591_753
+
+
+@pytest.mark.parametrize("place", ["", "train"])
+def test_a_readme_beside_many_images_is_no_report(place, tmp_path):
+    for name in "ab": image(tmp_path/place/f"{name}.png")
+    (tmp_path/place/"readme.txt").write_text("How these were made.")
+    with pytest.raises(DataError, match="3 problems.*without a partner") as e: read_folder(tmp_path)
+    assert {Path(p.path).name for p in e.value.problems} == {"a.png", "b.png", "readme.txt"}
 
 
 # real studies
