@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from .images import view_name, view_of
-from .tasks import SPLITS, DataError, Problem, RawData, Study, _load_json, across_studies, is_inside, read_annotation
+from .tasks import SPLITS, DataError, Problem, RawData, Study, across_studies, is_inside, load_json, read_annotation
 
 # %% ../nbs/00bd_captions.ipynb #00bd-012
 SPLIT_NAMES = {**dict.fromkeys(("train", "training", "restval"), "train"), # restval: what Karpathy added to COCO's training images
@@ -152,7 +152,7 @@ def _strip(text):
 
 def _coco_studies(path: Path, folder: Path, split: str | None, problems: list[Problem], counts: Counter) -> list[Study]:
     "Read one file's candidates; where an image names no split of its own, it has the file's. Raises `DataError` where it cannot be read."
-    raw, part = _load_json(path), path.stem.removeprefix("captions_")
+    raw, part = load_json(path), path.stem.removeprefix("captions_")
     images = _objects(raw, "images", path, problems)
     if split == "" and not all("split" in i for i in images):
         raise DataError([Problem("", str(path), "its name does not say which split it is", "Write train, val or test into it.")])

@@ -196,6 +196,7 @@ LAYOUTS = { # what a folder holds: (what it is, which options have a meaning the
     "*-split.csv*": ("MIMIC-CXR-JPG, as PhysioNet gives it", ("reports", "chen", "examples")),
     "NLMCXR_*": ("IU X-Ray, as Open-i gives it", ("chen",)),
     "captions_*.json": ("captions in COCO's form, their images beside or in `originals`", ("originals",)),
+    "annotations/captions_*.json": ("the same, unpacked as COCO gives it", ("originals",)),
     "*.csv": ("a table of images and texts", ("originals",)),
     "**/*.txt": ("images with texts of the same name", ()),
 }
@@ -225,8 +226,10 @@ def read_source(
     if wrong := [n for n, v in given.items() if v and n not in meant]: raise ValueError(f"{' and '.join(wrong)} mean nothing for {source}: {what}")
     if layout == "*-split.csv*": return read_mimic(source, reports, examples, chen)
     if layout == "NLMCXR_*": return read_iu(source, chen)
-    if layout == "captions_*.json": return read_captions([source] if source.is_file() else sorted(source.glob(layout)), originals or (source.parent if source.is_file() else source))
-    if layout == "*.csv": return read_table(source if source.is_file() else next(source.glob(layout)), originals)
+    found, folder = ([source], source.parent) if source.is_file() else (sorted(source.glob(layout)), source)
+    if layout.endswith("captions_*.json"): return read_captions(found, originals or folder)
+    if layout == "*.csv" and len(found) > 1: raise ValueError(f"{source} holds {len(found)} tables: name the one that is meant, such as {found[0]}")
+    if layout == "*.csv": return read_table(found[0], originals)
     return read_folder(source)
 
 # %% ../nbs/00c_prepare.ipynb #00c-044

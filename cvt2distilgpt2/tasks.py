@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'DEMO', 'MIMIC_CXR', 'IU_X_RAY', 'TASKS', 'ALIASES', 'CHOICES', 'POSITIVE', 'SPLITS', 'project_root',
            'DataSettings', 'ModelSettings', 'RecipeSettings', 'Task', 'check_task', 'get_task', 'task_parameters',
-           'Study', 'Problem', 'DataError', 'by_split', 'is_inside', 'across_studies', 'read_annotation',
+           'Study', 'Problem', 'DataError', 'by_split', 'is_inside', 'across_studies', 'load_json', 'read_annotation',
            'write_annotation', 'RawData', 'open_task']
 
 # %% ../nbs/00a_tasks.ipynb #00a-002
@@ -250,6 +250,11 @@ def is_inside(
     p = PurePosixPath(path.replace("\\", "/"))
     return bool(p.parts) and not p.is_absolute() and ".." not in p.parts and ":" not in p.parts[0] and "\0" not in path
 
+def _is_text(e: dict) -> bool:
+    "Tell whether all text of an entry can be written as UTF-8."
+    try: return bool(json.dumps(e, ensure_ascii=False).encode())
+    except UnicodeEncodeError: return False
+
 def _check_entry(e: dict, split: str) -> list[tuple[str, str]]:
     "Return (what, mend) for all that is wrong with one entry of `split`."
     wrong = []
@@ -267,6 +272,7 @@ def _check_entry(e: dict, split: str) -> list[tuple[str, str]]:
     want(e.get("reports") is None or (strings(e["reports"]) and e["reports"]), "'reports' must be a list of texts", "List at least one.")
     findings = e.get("findings")
     want(findings is None or (isinstance(findings, list) and all(isinstance(f, dict) for f in findings)), "'findings' must be a list of objects", 'Write [{"type": "edema"}].')
+    want(_is_text(e), "characters cut in half (lone surrogates)", "Write the text again, as UTF-8.")
     want(e.get("split", split) == split, f"'split' is {e.get('split')!r}, but it is listed under {split!r}", "Say which is meant.")
     want(e.get("views") is None or (strings(e["views"]) and len(e["views"]) == len(paths or ())), "'views' must name one view an image", 'Write ["frontal", "lateral"].')
     return wrong
@@ -296,8 +302,10 @@ def across_studies(
     return [s for s in studies if counts[s.id] == 1 and leaks.get(s.patient, s.split) == s.split]
 
 # %% ../nbs/00a_tasks.ipynb #00a-058
-def _load_json(path: Path):
-    "Return the parsed file; raises `DataError` that says what is wrong with it."
+def load_json(
+    path: Path,
+): # whatever the file holds
+    "Read a JSON file; raises `DataError` that says what is wrong with it."
     try: return json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e: said, mend = f"not UTF-8 (byte {e.start})", "Save it as UTF-8."
     except json.JSONDecodeError as e: said, mend = f"not valid JSON ({e.msg}, line {e.lineno})", "Fetch or write it again; it may be cut short."
@@ -307,7 +315,7 @@ def _load_json(path: Path):
 
 def _load_splits(path: Path) -> dict[str, list[dict]]:
     "Return the raw entries of each split; raises `DataError`."
-    raw, shape = _load_json(path), '{"train": [...], "val": [...], "test": [...]}'
+    raw, shape = load_json(path), '{"train": [...], "val": [...], "test": [...]}'
     wrong = [] if isinstance(raw, dict) else ["is not an object"]
     if not wrong:
         wrong += [f"has an unknown split {s!r}" for s in raw if s not in SPLITS]

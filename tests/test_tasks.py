@@ -57,6 +57,8 @@ BROKEN = { # what the file holds, and a word that must be in the error
     "report is a number": (first(report=7), "'report' is int"),
     "report is a list": (first(report=["a"]), "'report' is list"),
     "report is empty": (first(report=""), "empty report"),
+    "report holds half a character": (first(report="Clear \ud800."), "cut in half"),
+    "split is another": (first(split="test"), "listed under 'train'"),
     "report is blank": (first(report=" \n\t"), "empty report"),
     "no image path": (first(image_path=...), "'image_path' must be a list"),
     "image path is a string": (first(image_path="train0/0.png"), "'image_path' must be a list"),
@@ -145,6 +147,20 @@ def test_published_layouts(tmp_path, monkeypatch, make, name, views):
     assert [len(s) for s in studies.values()] == [8, 3, 3]
     for s in (s for v in studies.values() for s in v):
         assert len(s.image_path) == views and all((TASKS[name].image_folder/p).is_file() for p in s.image_path)
+
+
+def test_going_on_keeps_what_is_good(tmp_path):
+    "Bad entries, doubled ids and a patient on both sides are left out and listed; the test keeps its patients."
+    entry = lambda i, split, **more: dict(id=i, report="Clear.", image_path=[f"{i}.png"], split=split, **more)
+    splits = dict(train=[entry("a", "train", patient="p"), entry("b", "train"), entry("d", "train"), entry("e", "train") | {"report": ""}],
+                  val=[entry("d", "val"), entry("f", "val", patient="p")], test=[entry("c", "test", patient="p"), entry("g", "test", patient="q")])
+    (tmp_path/"annotation.json").write_text(json.dumps(splits))
+    problems = []
+    studies = read_annotation(tmp_path/"annotation.json", problems)
+    assert {s: [x.id for x in v] for s, v in studies.items()} == dict(train=["b"], val=[], test=["c", "g"])
+    assert [(p.id, p.what) for p in problems] == [("e", "empty report"), ("d", "the id occurs 2 times"), ("", "patient p is in test and train and val")]
+    with pytest.raises(DataError) as e: read_annotation(tmp_path/"annotation.json")
+    assert e.value.problems == problems
 
 
 def test_limits_keep_the_first(tmp_path):
