@@ -87,26 +87,29 @@ def load_vocabulary(
 ) -> BertTokenizer:
     "Load a tokenizer without capitals; raises `OSError` where there is none."
     check_source(source)
-    if Path(source).is_file(): return BertTokenizer(vocab=str(source), do_lower_case=True)
-    return BertTokenizer.from_pretrained(source, do_lower_case=True)
+    try: tokenizer = BertTokenizer(vocab=str(source)) if Path(source).is_file() else BertTokenizer.from_pretrained(source, do_lower_case=True)
+    except Exception as error: raise OSError(f"{source} cannot be read as a vocabulary: {error}") from error # it raises what it likes
+    if 5 < tokenizer.vocab_size == len(tokenizer): return tokenizer # more than [PAD], [UNK], [CLS], [SEP], [MASK], which it adds itself
+    raise OSError(f"no vocabulary like that of bert-base-uncased at {source}: give its folder, its vocab.txt, or a hub name while the hub can be reached")
 
-# %% ../nbs/02b_clinical.ipynb #02b-034
+# %% ../nbs/02b_clinical.ipynb #02b-035
 def report_tokens(
     tokenizer: BertTokenizer,
     reports: list[str],
     limit: int = 512,  # tokens, [CLS] and [SEP] included
 ) -> list[list[int]]:  # for each report its ids
     "Turn reports into ids, and warn of those that are cut; raises `TypeError` for what is not text."
-    if isinstance(reports, str): raise TypeError("give a list of reports, not one text")
+    if isinstance(reports, (str, dict)): raise TypeError(f"give a list of reports, not a {type(reports).__name__}")
+    reports = list(reports)
     wrong = [i for i, report in enumerate(reports) if not isinstance(report, str)]
     if wrong: raise TypeError(f"{len(wrong)} reports are not text, the first at place {wrong[0]}: {reports[wrong[0]]!r}")
-    if not len(reports): return []
+    if not reports: return []
     rows = tokenizer([" ".join(report.split()) for report in reports], verbose=False)["input_ids"]
     cut = sum(len(row) > limit for row in rows)
     if cut: warnings.warn(f"{cut} of {len(rows)} reports have more than {limit} tokens: CheXbert does not read their ends", stacklevel=2)
     return [row if len(row) <= limit else [*row[:limit - 1], tokenizer.sep_token_id] for row in rows]
 
-# %% ../nbs/02b_clinical.ipynb #02b-040
+# %% ../nbs/02b_clinical.ipynb #02b-041
 @torch.inference_mode()
 def classify(
     model: CheXbert,
@@ -122,7 +125,7 @@ def classify(
         labels[batch] = model(ids.clamp(min=0), (ids >= 0).long()).cpu().numpy() # id 0 where padded: it is masked
     return labels
 
-# %% ../nbs/02b_clinical.ipynb #02b-043
+# %% ../nbs/02b_clinical.ipynb #02b-044
 def fingerprint(model: nn.Module) -> str: # the same for the same weights
     "Hash the weights of a model."
     digest = hashlib.sha256()
@@ -145,7 +148,7 @@ def write_cache(path: str | Path, labels: dict[str, str]) -> None:
     part.write_text(json.dumps(read_cache(path) | labels))
     os.replace(part, path)
 
-# %% ../nbs/02b_clinical.ipynb #02b-044
+# %% ../nbs/02b_clinical.ipynb #02b-045
 class Labeller:
     "Label reports by CheXbert, each different text once."
     def __init__(self,
@@ -160,7 +163,7 @@ class Labeller:
 
     def __call__(self, reports: list[str]) -> np.ndarray: # (N, 14) places in `CLASSES`
         "Label N reports; raises `TypeError` for what is not text."
-        rows = report_tokens(self.tokenizer, list(reports) if isinstance(reports, tuple) else reports, self.model.bert.config.max_position_embeddings)
+        rows = report_tokens(self.tokenizer, reports, self.model.bert.config.max_position_embeddings)
         keys = [hashlib.sha256(f"{self.weights} {row}".encode()).hexdigest() for row in rows]
         new = {key: row for key, row in zip(keys, rows) if key not in self.known}
         labels = classify(self.model, list(new.values()))
@@ -168,7 +171,7 @@ class Labeller:
         if new and self.cache is not None: write_cache(self.cache, self.known)
         return np.array([list(self.known[key]) for key in keys], np.int8).reshape(-1, len(OBSERVATIONS))
 
-# %% ../nbs/02b_clinical.ipynb #02b-046
+# %% ../nbs/02b_clinical.ipynb #02b-047
 def load_chexbert(
     weights: str | Path,                           # chexbert.pth
     vocabulary: str | Path = "bert-base-uncased",  # hub name, folder or vocab.txt
@@ -180,7 +183,7 @@ def load_chexbert(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Labeller(model.to(device), load_vocabulary(vocabulary), cache)
 
-# %% ../nbs/02b_clinical.ipynb #02b-051
+# %% ../nbs/02b_clinical.ipynb #02b-052
 UNCERTAIN = ("negative", "positive") # what an uncertain label counts as; the first as published
 
 def positives(
@@ -192,7 +195,7 @@ def positives(
     labels = np.asarray(labels)
     return (labels == 1) | ((labels == 3) & (uncertain == "positive"))
 
-# %% ../nbs/02b_clinical.ipynb #02b-057
+# %% ../nbs/02b_clinical.ipynb #02b-058
 SCORES = ("precision", "recall", "f1")
 AVERAGES = ("macro", "micro", "example")
 
@@ -205,7 +208,7 @@ def ratios(
     share = lambda part, whole: np.divide(part, whole, out=np.zeros(np.shape(part)), where=whole > 0)
     return share(correct, predicted), share(correct, support), share(2*correct, predicted + support)
 
-# %% ../nbs/02b_clinical.ipynb #02b-060
+# %% ../nbs/02b_clinical.ipynb #02b-061
 def label_statistics(
     truth: np.ndarray,     # (N, C) bool: observation c is there in study n
     predicted: np.ndarray, # (N, C) bool: the report says so
@@ -220,7 +223,7 @@ def label_statistics(
     counts = truth & predicted, predicted, truth
     return np.column_stack([*counts, *ratios(*(count.sum(1) for count in counts)), np.ones(len(truth))])
 
-# %% ../nbs/02b_clinical.ipynb #02b-062
+# %% ../nbs/02b_clinical.ipynb #02b-063
 def label_scores(
     sums: np.ndarray, # (..., 3*C + 4) sums of `label_statistics`
 ) -> np.ndarray:      # (..., 3, C + 3): `SCORES` of each observation, then of each of `AVERAGES`
@@ -239,7 +242,7 @@ def averages(
     table = label_scores(label_statistics(truth, predicted).sum(0))[:, -len(AVERAGES):]
     return {f"{score}_{average}": float(value) for score, row in zip(SCORES, table) for average, value in zip(AVERAGES, row)}
 
-# %% ../nbs/02b_clinical.ipynb #02b-073
+# %% ../nbs/02b_clinical.ipynb #02b-074
 def resampled_scores(
     statistics: np.ndarray, # (N, 3*C + 4), from `label_statistics`
     resamples: int = 1000,  # how many draws of N studies
@@ -252,7 +255,7 @@ def resampled_scores(
         sums.append(times @ statistics)
     return label_scores(np.concatenate(sums))
 
-# %% ../nbs/02b_clinical.ipynb #02b-074
+# %% ../nbs/02b_clinical.ipynb #02b-075
 def label_table(
     truth: np.ndarray,      # (N, C) bool
     predicted: np.ndarray,  # (N, C) bool
@@ -273,7 +276,7 @@ def label_table(
         table[score], table[f"{score}_low"], table[f"{score}_high"] = label_scores(statistics.sum(0))[i], *draws[:, i]
     return table
 
-# %% ../nbs/02b_clinical.ipynb #02b-081
+# %% ../nbs/02b_clinical.ipynb #02b-082
 def clinical_scores(
     truth: np.ndarray,     # (N, 14) places in `CLASSES`: labels of the references
     predicted: np.ndarray, # (N, 14): labels of the generated reports
@@ -290,7 +293,7 @@ def clinical_scores(
                      for average in AVERAGES for score in SCORES]
     return pd.DataFrame(rows, columns=["observations", "uncertain", "average", "metric", "score", "low", "high"])
 
-# %% ../nbs/02b_clinical.ipynb #02b-087
+# %% ../nbs/02b_clinical.ipynb #02b-088
 def class_confusion(
     truth: np.ndarray,     # (N, C) places in `CLASSES`: labels of the references
     predicted: np.ndarray, # (N, C): labels of the generated reports
@@ -301,7 +304,7 @@ def class_confusion(
     counts = [np.bincount(column, minlength=len(CLASSES)**2).reshape(len(CLASSES), -1) for column in pairs.T]
     return pd.DataFrame(np.concatenate(counts), pd.MultiIndex.from_product([names, CLASSES], names=["observation", "reference"]), CLASSES)
 
-# %% ../nbs/02b_clinical.ipynb #02b-096
+# %% ../nbs/02b_clinical.ipynb #02b-099
 OPTIONAL = {"bertscore": "higher", "radgraph": "higher", "ratescore": "higher", "srrbert": "higher", "temporal": "higher", "radcliq": "lower"} # which is better
 
 def radeval_scores(
@@ -315,7 +318,7 @@ def radeval_scores(
     with warnings.catch_warnings():            # it switches all warnings off
         return radeval.RadEval(metrics=[metric], show_progress=False)(refs=references, hyps=predictions)
 
-# %% ../nbs/02b_clinical.ipynb #02b-097
+# %% ../nbs/02b_clinical.ipynb #02b-100
 def optional_scores(
     predictions: dict | list, # {id: report}, or reports in the order of `references`
     references: dict | list,  # {id: report} or {id: [reports]}, or a list of either; of several the first counts
