@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'SPELLINGS', 'VIEW', 'BODY', 'BODY_ONLY', 'LOOK_BACK', 'UP_TO_LAST', 'KNOWN', 'KNOWN_LAST', 'CANDIDATE',
-           'REPORTS', 'COLUMNS', 'FORMS', 'SPLIT_NAMES', 'IMAGE_TYPES', 'THREADS', 'MAX_REPORT', 'KEPT', 'VIEW_ORDER',
+           'REPORTS', 'COLUMNS', 'FORMS', 'SPLIT_NAMES', 'IMAGE', 'THREADS', 'MAX_REPORT', 'KEPT', 'VIEW_ORDER',
            'section_of', 'find_headings', 'read_sections', 'find_root', 'find_reports', 'list_images', 'open_reports',
            'read_findings', 'read_mimic']
 
@@ -77,14 +77,14 @@ def _words_before(
     text: str,
     begin: int, # where the last heading ended
     colon: int, # where the colon stands
-) -> tuple[int, bool, bool]: # where the words begin; whether that begins a line; whether it begins a sentence (as a line does)
-    "Find the words that a colon ends."
+) -> tuple[int, bool]: # where the words begin, and whether that begins a line
+    "Find the words that a colon ends: those since the last line, sentence or heading."
     cut = max(begin, colon - LOOK_BACK)
     ended = UP_TO_LAST.match(text, cut, colon)
     start = ended.end() if ended else cut
     line = start == 0 or text[start-1] == "\n"
     while start < colon and text[start].isspace(): start += 1
-    return start, line, line or bool(ended)
+    return start, line
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-022
 KNOWN = "|".join(r"\s*".join(map(re.escape, s.upper().split())) for s in sorted(SPELLINGS, key=len, reverse=True))
@@ -107,11 +107,11 @@ def _opened(
     shouting: bool, # whether the whole text is in capitals
 ) -> tuple[int, str] | None: # where the heading begins and which section it opens
     "Judge the words before a colon; None if they are no heading."
-    start, line, sentence = _words_before(text, begin, colon)
+    start, line = _words_before(text, begin, colon)
     words = text[start:colon].rstrip()
     if not words: return None
     known = SPELLINGS.get(_label(words))
-    if known and sentence and not _is_wrapped(text, begin, start): return start, known
+    if known and not _is_wrapped(text, begin, start): return start, known
     if line and words.isupper() and sum(map(str.isalpha, words)) > 2 and not text[colon+1:colon+2].strip():
         section = section_of(_label(words))
         if section in SECTIONS or (section and not shouting): return start, section
@@ -119,7 +119,7 @@ def _opened(
     return None
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-028
-CANDIDATE = re.compile(rf"(?m):|^[ \t]*(?P<alone>{KNOWN}|FINAL REPORT|_{{10,}})[ \t\r]*(?:$|--?[ \t])")
+CANDIDATE = re.compile(rf"(?m)(?<!:):|^[ \t]*(?P<alone>{KNOWN}|FINAL REPORT|_{{10,}})[ \t\r]*(?:$|--?[ \t])")
 
 def find_headings(
     text: str, # of a report
@@ -255,8 +255,8 @@ def _read_rows(
     return table, spoilt, path
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-063
-IMAGE_TYPES = (".jpg", ".dcm") # of MIMIC-CXR-JPG and MIMIC-CXR
-THREADS = 16                   # that wait for the disk
+IMAGE = r".+\.(jpg|dcm)" # of MIMIC-CXR-JPG and MIMIC-CXR
+THREADS = 16             # that wait for the disk
 
 def _names(folder: Path, form: str, problems: list[Problem]) -> list[str]:
     "List the names in a folder that have a form."
@@ -269,7 +269,7 @@ def _names(folder: Path, form: str, problems: list[Problem]) -> list[str]:
 def _patient_images(patient: str, files: Path, problems: list[Problem]) -> list[str]:
     "List the images of a patient, as paths within `files`."
     studies = _names(files/patient, r"s\d{8}", problems)
-    return [f"{patient}/{s}/{name}" for s in studies for name in _names(files/patient/s, r".+\.(jpg|dcm)", problems)]
+    return [f"{patient}/{s}/{name}" for s in studies for name in _names(files/patient/s, IMAGE, problems)]
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-064
 def list_images(
@@ -282,8 +282,7 @@ def list_images(
     with ThreadPool(THREADS) as pool:
         listed = pool.imap(partial(_patient_images, files=files, problems=problems), patients, chunksize=16)
         for paths in tqdm(listed, "listing images", len(patients), unit=" patients", leave=False):
-            for stem, kind in map(os.path.splitext, paths):
-                if kind == ".jpg" or stem not in found: found[stem] = kind
+            found.update(map(os.path.splitext, paths)) # sorted: a .jpg comes after a .dcm, and stays
     return found
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-069
