@@ -29,6 +29,7 @@ from PIL import Image
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+# %% ../nbs/00c_prepare.ipynb #00c-003
 from . import phantom
 from .cache import ImageCache, build_cache, verify_cache
 from .captions import read_captions, read_folder, read_table
@@ -38,7 +39,7 @@ from .mimic import read_mimic
 from .tasks import (SPLITS, DataError, Problem, RawData, Study, Task, across_studies, by_split, get_task, open_task,
                                   project_root, read_annotation, write_annotation)
 
-# %% ../nbs/00c_prepare.ipynb #00c-007
+# %% ../nbs/00c_prepare.ipynb #00c-008
 def write_problems(
     problems: list[Problem],
     path: Path, # of the CSV file to make
@@ -52,6 +53,7 @@ def write_problems(
         table.writerows(map(asdict, problems))
     return part.replace(path)
 
+# %% ../nbs/00c_prepare.ipynb #00c-009
 def settle(
     studies: list[Study],    # of all splits
     problems: list[Problem], # of these studies, and of others that are left out already
@@ -69,7 +71,7 @@ def settle(
     warnings.warn(f"{len(problems):,} problems: going on with {len(good):,} studies without them. The problems are listed in {path}", stacklevel=2)
     return by_split(good)
 
-# %% ../nbs/00c_prepare.ipynb #00c-012
+# %% ../nbs/00c_prepare.ipynb #00c-014
 def _image_problem(item: tuple[str, Path], look) -> Problem | None:
     "Look at one image of a study."
     study, path = item
@@ -87,7 +89,7 @@ def check_images(
         looked = pool.imap(partial(_image_problem, look=open_image if decode else read_size), items, chunksize=32)
         return [p for p in tqdm(looked, "checking images", len(items), unit=" images", leave=False) if p]
 
-# %% ../nbs/00c_prepare.ipynb #00c-017
+# %% ../nbs/00c_prepare.ipynb #00c-019
 VIEWS = ("frontal", "lateral") # file 0.png, file 1.png
 
 def _split_and_id(seed: int) -> tuple[str, str]:
@@ -113,7 +115,7 @@ def draw_study(
     findings = tuple({n: v for n, v in asdict(f).items() if v is not None} for f in drawn.findings)
     return Study(name, drawn.report, paths, split, patient=name, views=VIEWS[:views], findings=findings)
 
-# %% ../nbs/00c_prepare.ipynb #00c-022
+# %% ../nbs/00c_prepare.ipynb #00c-024
 def _stamp(task: Task) -> Path:
     "Return the path of the file that says how images were drawn."
     return task.image_folder.parent/"drawn.json"
@@ -135,7 +137,7 @@ def _clear_other(task: Task) -> None:
     task.image_folder.mkdir(parents=True)
     _stamp(task).write_text(how)
 
-# %% ../nbs/00c_prepare.ipynb #00c-024
+# %% ../nbs/00c_prepare.ipynb #00c-026
 def _map_processes(f, items: list, text: str) -> list:
     "Map over all cores under a progress bar; a process has one thread, since more would only get in each other's way."
     context = get_context("fork" if sys.platform == "linux" else None) # forked processes need not import anything again
@@ -155,7 +157,7 @@ def _draw_missing(task: Task) -> None:
         have |= {s.id: s for s in _map_processes(draw, missing, "drawing phantoms")}
         write_annotation([have[i] for i in sorted(have)], path)
 
-# %% ../nbs/00c_prepare.ipynb #00c-025
+# %% ../nbs/00c_prepare.ipynb #00c-027
 def draw_demo(
     task: Task, # the demo: its counts, its views, its `resize` as size of the images
 ) -> Path:      # of `annotation.json`
@@ -167,7 +169,7 @@ def draw_demo(
         _draw_missing(task)
     return task.annotation_path
 
-# %% ../nbs/00c_prepare.ipynb #00c-031
+# %% ../nbs/00c_prepare.ipynb #00c-033
 DECODE_UP_TO = 10_000 # images: about half a minute for radiographs of 2 megapixels on 8 cores
 
 def _cached_problems(studies: list[Study], task: Task) -> list[Problem]:
@@ -190,7 +192,7 @@ def prepare(
     else: problems += check_images(studies, task.image_folder, decode=sum(len(s.image_path) for s in studies) <= DECODE_UP_TO)
     return settle(studies, problems, task.on_problem, project_root()/"runs"/task.name/"problems.csv")
 
-# %% ../nbs/00c_prepare.ipynb #00c-037
+# %% ../nbs/00c_prepare.ipynb #00c-039
 LAYOUTS = { # what a folder holds: (what it is, which options have a meaning there)
     "annotation.json": ("studies in the one form, such as Chen et al.'s, their images in images/ or beside", ()),
     "*-split.csv*": ("MIMIC-CXR-JPG, as PhysioNet gives it", ("reports", "chen", "examples")),
@@ -211,7 +213,7 @@ def _layout(source: Path) -> str:
     if not found: raise FileNotFoundError(f"{source} is nothing that can be read here. Known are:\n{known}")
     return found
 
-# %% ../nbs/00c_prepare.ipynb #00c-038
+# %% ../nbs/00c_prepare.ipynb #00c-040
 def read_source(
     source: Path,                   # a folder or a file in one of `LAYOUTS`
     originals: Path | None = None,  # the folder that image paths count from, where it is not the source's own
@@ -232,7 +234,7 @@ def read_source(
     if layout == "*.csv": return read_table(found[0], originals)
     return read_folder(source)
 
-# %% ../nbs/00c_prepare.ipynb #00c-044
+# %% ../nbs/00c_prepare.ipynb #00c-046
 def _facts_path(task: Task) -> Path:
     "Return the path of the file that says what a task was prepared from."
     return task.annotation_path.parent/"prepared.json"
@@ -248,7 +250,7 @@ def _begin(task: Task, how: dict) -> None:
     task.annotation_path.unlink(missing_ok=True)
     _facts_path(task).write_text(json.dumps({"state": "being prepared", **how}, indent=1))
 
-# %% ../nbs/00c_prepare.ipynb #00c-045
+# %% ../nbs/00c_prepare.ipynb #00c-047
 def _with_ids(problems: list[Problem], studies: list[Study]) -> list[Problem]:
     "Name the studies that each problem's image belongs to."
     of = defaultdict(list)
@@ -256,6 +258,7 @@ def _with_ids(problems: list[Problem], studies: list[Study]) -> list[Problem]:
         for p in s.image_path: of[p].append(s.id)
     return [replace(p, id=i) for p in problems for i in of[p.path]]
 
+# %% ../nbs/00c_prepare.ipynb #00c-048
 def build(
     raw: RawData,
     task: Task,                   # where to: the folder of its `annotation.json`; `resize` and `on_problem` count
@@ -278,7 +281,7 @@ def build(
         _facts_path(task).write_text(json.dumps({"state": "whole", **how, "counts": counts}, indent=1))
     return kept
 
-# %% ../nbs/00c_prepare.ipynb #00c-054
+# %% ../nbs/00c_prepare.ipynb #00c-057
 def verify(
     task: Task,
 ) -> dict[str, int]: # how many studies and images were found whole
@@ -290,7 +293,7 @@ def verify(
     if problems: raise DataError(problems)
     return dict(studies=len(studies), images=len({p for s in studies for p in s.image_path}))
 
-# %% ../nbs/00c_prepare.ipynb #00c-059
+# %% ../nbs/00c_prepare.ipynb #00c-062
 def _field_type(name: str) -> type:
     "Return the type of a task's field, `None` left out."
     hint = typing.get_type_hints(Task)[name]
@@ -317,7 +320,7 @@ def task_arguments(
     if unknown: parser.error(f"unexpected words: {' '.join(unknown)}")
     return task, others
 
-# %% ../nbs/00c_prepare.ipynb #00c-063
+# %% ../nbs/00c_prepare.ipynb #00c-066
 SOURCE = ("source", "originals", "reports", "chen", "examples") # as `read_source` takes them
 STORE = ("store", "processes")                                  # as `build` takes them
 
@@ -335,7 +338,7 @@ def _build_from(task: Task, source: dict, store: dict) -> dict[str, list[Study]]
     if store["processes"]: store["processes"] = _whole_number("processes", store["processes"])
     return build(raw, task, **{n: v for n, v in store.items() if v})
 
-# %% ../nbs/00c_prepare.ipynb #00c-064
+# %% ../nbs/00c_prepare.ipynb #00c-067
 def main(
     argv: list[str] | None = None, # words of the command line
 ) -> None:

@@ -255,6 +255,7 @@ def _is_text(e: dict) -> bool:
     try: return bool(json.dumps(e, ensure_ascii=False).encode())
     except UnicodeEncodeError: return False
 
+# %% ../nbs/00a_tasks.ipynb #00a-054
 def _check_entry(e: dict, split: str) -> list[tuple[str, str]]:
     "Return (what, mend) for all that is wrong with one entry of `split`."
     wrong = []
@@ -277,7 +278,7 @@ def _check_entry(e: dict, split: str) -> list[tuple[str, str]]:
     want(e.get("views") is None or (strings(e["views"]) and len(e["views"]) == len(paths or ())), "'views' must name one view an image", 'Write ["frontal", "lateral"].')
     return wrong
 
-# %% ../nbs/00a_tasks.ipynb #00a-054
+# %% ../nbs/00a_tasks.ipynb #00a-056
 def _to_study(e: dict, split: str) -> Study:
     "Make a `Study` of one checked entry."
     listed = lambda n: tuple(e[n]) if e.get(n) is not None else None
@@ -287,7 +288,7 @@ def _to_study(e: dict, split: str) -> Study:
                  None if patient is None else str(patient), listed("views"), listed("findings"),
                  {n: v for n, v in e.items() if n not in known})
 
-# %% ../nbs/00a_tasks.ipynb #00a-056
+# %% ../nbs/00a_tasks.ipynb #00a-058
 def across_studies(
     studies: list[Study], # of all splits
     path: str,            # of the file that lists them
@@ -301,7 +302,7 @@ def across_studies(
     problems += [Problem("", path, f"patient {p} is in {' and '.join(sorted(sides[p]))}", "Move all studies of a patient to one split.") for p in leaks]
     return [s for s in studies if counts[s.id] == 1 and leaks.get(s.patient, s.split) == s.split]
 
-# %% ../nbs/00a_tasks.ipynb #00a-058
+# %% ../nbs/00a_tasks.ipynb #00a-060
 def load_json(
     path: Path,
 ): # whatever the file holds
@@ -324,7 +325,7 @@ def _load_splits(path: Path) -> dict[str, list[dict]]:
     if wrong: raise DataError([Problem("", str(path), w, f"The form is {shape}.") for w in wrong])
     return {s: raw.get(s, []) for s in SPLITS}
 
-# %% ../nbs/00a_tasks.ipynb #00a-059
+# %% ../nbs/00a_tasks.ipynb #00a-061
 def read_annotation(
     path: str | Path, # of `annotation.json`
     problems: list[Problem] | None = None, # given a list, problems are added to it and entries that have them are left out
@@ -341,7 +342,7 @@ def read_annotation(
     if found: problems += found
     return by_split(studies)
 
-# %% ../nbs/00a_tasks.ipynb #00a-061
+# %% ../nbs/00a_tasks.ipynb #00a-063
 def write_annotation(
     studies: list[Study], # of all splits
     path: str | Path,     # of the file to make
@@ -357,7 +358,7 @@ def write_annotation(
     part.write_text(json.dumps(splits, ensure_ascii=False, indent=1), encoding="utf-8")
     return part.replace(path)
 
-# %% ../nbs/00a_tasks.ipynb #00a-069
+# %% ../nbs/00a_tasks.ipynb #00a-071
 @dataclass
 class RawData:
     "Hold what a reader found in someone's files."
@@ -366,7 +367,7 @@ class RawData:
     problems: list[Problem] = field(default_factory=list)  # of all that is not among `studies` and should be
     counts: dict[str, int] = field(default_factory=dict)   # what was counted on the way, in words: {"reports": 3955, ...}
 
-# %% ../nbs/00a_tasks.ipynb #00a-073
+# %% ../nbs/00a_tasks.ipynb #00a-075
 def _cut_views(s: Study, views: int | None) -> Study:
     "Keep the first `views` images of a study."
     return replace(s, image_path=s.image_path[:views], views=s.views and s.views[:views])
