@@ -196,6 +196,7 @@ def prepare(
 LAYOUTS = { # what a folder holds: (what it is, which options have a meaning there)
     "annotation.json": ("studies in the one form, such as Chen et al.'s, their images in images/ or beside", ()),
     "*-split.csv*": ("MIMIC-CXR-JPG, as PhysioNet gives it", ("reports", "chen", "examples")),
+    "files/p[0-9][0-9]": ("MIMIC-CXR-JPG without its tables", ("reports", "chen", "examples")),
     "NLMCXR_*": ("IU X-Ray, as Open-i gives it", ("chen",)),
     "captions_*.json": ("captions in COCO's form, their images beside or in `originals`", ("originals",)),
     "annotations/captions_*.json": ("the same, unpacked as COCO gives it", ("originals",)),
@@ -226,7 +227,7 @@ def read_source(
     what, meant = LAYOUTS[layout]
     given = dict(originals=originals, reports=reports, chen=chen, examples=None if examples == "image" else examples)
     if wrong := [n for n, v in given.items() if v and n not in meant]: raise ValueError(f"{' and '.join(wrong)} mean nothing for {source}: {what}")
-    if layout == "*-split.csv*": return read_mimic(source, reports, examples, chen)
+    if layout in ("*-split.csv*", "files/p[0-9][0-9]"): return read_mimic(source, reports, examples, chen)
     if layout == "NLMCXR_*": return read_iu(source, chen)
     found, folder = ([source], source.parent) if source.is_file() else (sorted(source.glob(layout)), source)
     if layout.endswith("captions_*.json"): return read_captions(found, originals or folder)

@@ -24,6 +24,7 @@ from cvt2distilgpt2.images import open_image
 from cvt2distilgpt2.prepare import build, main, prepare, read_source, verify
 from cvt2distilgpt2.tasks import DataError, Study, get_task, read_annotation, write_annotation
 from torchvision.transforms import v2
+from trees import make_iu, make_mimic_jpg, make_openi
 
 SIDE = 48 # of what is prepared here
 
@@ -282,3 +283,28 @@ def test_real_studies_are_the_same_as_folder_table_and_dicom(tmp_path):
             for p, q, r in zip(a.image_path, b.image_path, c.image_path, strict=True):
                 first = np.asarray(caches[0](p).convert("L"))
                 assert np.array_equal(first, np.asarray(caches[1](q).convert("L"))) and np.abs(first.astype(int) - np.asarray(caches[2](r))).max() <= 1 # colour is made grey before or after
+
+
+def openi_with_chen(folder):
+    "Write IU X-Ray as Chen et al. renamed it."
+    return Path(make_iu(folder)["annotation"]).parent
+
+
+LAYOUTS = { # how a source is written -> its path, and how many studies it has
+    "mimic": lambda f: make_mimic_jpg(f)["root"], "openi": lambda f: make_openi(f), "chen": openi_with_chen,
+    "table": lambda f: table(f, 8), "folder of a table": lambda f: table(f, 8).parent,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_becomes_a_task(tmp_path, layout):
+    "What is made opens as a task of any name, and its images are those of the originals."
+    source = Path(LAYOUTS[layout](tmp_path/"raw"))
+    before, task = everything(tmp_path/"raw"), new_task(tmp_path/"made")
+    kept = build(read_source(source), replace(task, on_problem="skip"))
+    made_beside = {n for n in everything(tmp_path/"raw") if "NLMCXR_png" in n} # unpacked beside its archive
+    assert {n: b for n, b in everything(tmp_path/"raw").items() if n in before} == before and set(everything(tmp_path/"raw")) - made_beside <= set(before)
+    every = [s for v in kept.values() for s in v]
+    assert len(every) >= 4 and prepare(task) == kept and verify(task)["studies"] == len(every)
+    loaded = ReportDataset(kept["train"], task.image_folder, image_transform(task, train=True))
+    assert loaded[0]["pixel_values"].shape[-2:] == (SIDE - 8, SIDE - 8) and loaded[0]["label"]
