@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['HUB_ARGUMENTS', 'RELEASED_NAMES', 'UNUSED', 'CvT2DistilGPT2Config', 'ViewEncoder', 'token_mask', 'report_loss',
            'ReportImageProcessor', 'encoder_input', 'card_text', 'model_card', 'save_companions', 'load_companions',
-           'Portable', 'ModelParts', 'ReportModel', 'read_dicom', 'read_image', 'study_batch', 'Inert',
-           'TensorUnpickler', 'read_checkpoint', 'from_released_names', 'CvT2DistilGPT2', 'write_reports', 'warm_start',
-           'load_released']
+           'Portable', 'ModelParts', 'ReportModel', 'study_batch', 'Inert', 'TensorUnpickler', 'read_checkpoint',
+           'from_released_names', 'CvT2DistilGPT2', 'write_reports', 'warm_start', 'load_released']
 
 # %% ../nbs/01d_model.ipynb #01d-002
 import re
@@ -19,12 +18,9 @@ from pickle import Unpickler
 from types import SimpleNamespace
 
 import numpy as np
-import pydicom
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydicom.misc import is_dicom
-from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedConfig, PreTrainedModel
@@ -36,7 +32,7 @@ from transformers.utils import cached_file
 from .data import MEAN, STD, normalise
 from .decoder import DEMO_DECODER, decode_reports, decoder_config, load_decoder, load_tokenizer
 from .encoder import CVT_CONFIGS, CvT, CvTConfig, check_source, count_parameters, load_cvt, load_exactly
-from .images import open_image, scale_to_8_bit, to_8_bit
+from .images import read_image
 
 # %% ../nbs/01d_model.ipynb #01d-008
 class CvT2DistilGPT2Config(PreTrainedConfig):
@@ -120,7 +116,7 @@ class ReportImageProcessor(ImageProcessingMixin):
             v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.image_mean, self.image_std)])
         return BatchFeature({"pixel_values": torch.stack([prepare(image.convert("RGB")) for image in images])})
 
-# %% ../nbs/01d_model.ipynb #fc75c019
+# %% ../nbs/01d_model.ipynb #01d-024
 def encoder_input(
     pixel_values: Tensor,            # (..., 3, H, W) and normalised, or (..., 1 or 3, H, W) uint8
     processor: ReportImageProcessor, # whose mean and standard deviation count
@@ -130,7 +126,7 @@ def encoder_input(
     if pixel_values.is_floating_point(): return pixel_values
     raise TypeError(f"pixel_values must be uint8 (0 to 255), or floating and normalised, not {pixel_values.dtype}")
 
-# %% ../nbs/01d_model.ipynb #01d-025
+# %% ../nbs/01d_model.ipynb #01d-028
 def card_text(
     value, # a sentence, a list, or a table as a dict
 ) -> str:  # Markdown
@@ -152,7 +148,7 @@ def model_card(
     use = 'from cvt2distilgpt2.model import CvT2DistilGPT2\nCvT2DistilGPT2.from_pretrained("this folder").report(["chest.png"])'
     return "\n".join([head, about, f"```python\n{use}\n```\n", *(f"## {name.capitalize()}\n\n{card_text(value)}\n" for name, value in sections.items())])
 
-# %% ../nbs/01d_model.ipynb #01d-029
+# %% ../nbs/01d_model.ipynb #01d-032
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 
 
@@ -180,7 +176,7 @@ def load_companions(
     if has("preprocessor_config.json"): model.image_processor = ReportImageProcessor.from_pretrained(source, **hub)
     if has("tokenizer_config.json"): model.tokenizer = load_tokenizer(source, **hub)
 
-# %% ../nbs/01d_model.ipynb #01d-030
+# %% ../nbs/01d_model.ipynb #01d-033
 class Portable(PreTrainedModel):
     "A model that carries its tokenizer, its image processor and its card."
     _tokenizer = None
@@ -210,7 +206,7 @@ class Portable(PreTrainedModel):
         load_companions(model, source, info, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
         return (model, info) if output_loading_info else model
 
-# %% ../nbs/01d_model.ipynb #01d-035
+# %% ../nbs/01d_model.ipynb #01d-038
 class ModelParts(Portable):
     "Encoder, projection and decoder."
     config_class = CvT2DistilGPT2Config
@@ -239,7 +235,7 @@ class ModelParts(Portable):
         pixels = encoder_input(pixel_values, self.image_processor)
         return self.projection(self.encoder(pixels.to(self.dtype), view_mask))
 
-# %% ../nbs/01d_model.ipynb #01d-039
+# %% ../nbs/01d_model.ipynb #01d-042
 class ReportModel(ModelParts):
     "From the views of a study and the beginning of its report to the next token."
     def forward(self,
@@ -263,31 +259,7 @@ class ReportModel(ModelParts):
         return Seq2SeqLMOutput(loss=loss, logits=out.logits, encoder_last_hidden_state=tokens,
             decoder_hidden_states=out.hidden_states, cross_attentions=out.cross_attentions, **cache)
 
-# %% ../nbs/01d_model.ipynb #01d-043
-def read_dicom(
-    path: str | Path, # of a file with one frame
-) -> Image.Image:     # 8-bit: mode "L", or "RGB" where the file is in colour
-    "Read a DICOM image as a viewer would show it; raises `ValueError` if it has several frames or cannot be decoded."
-    file = pydicom.dcmread(path)
-    if int(file.get("NumberOfFrames") or 1) > 1: raise ValueError(f"{path} has {file.NumberOfFrames} frames; give one image")
-    try: pixels = file.pixel_array
-    except Exception as error: # decoders raise what they like
-        raise ValueError(f"{path} has no image that can be decoded: {error}") from error
-    if pixels.ndim == 3: return Image.fromarray(pixels).convert("RGB")
-    pixels = scale_to_8_bit(apply_voi_lut(apply_modality_lut(pixels, file), file))
-    return Image.fromarray(255 - pixels if file.PhotometricInterpretation == "MONOCHROME1" else pixels)
-
-
-def read_image(
-    image: Image.Image | np.ndarray | str | Path, # picture, (H, W) or (H, W, 3) array, or path of a picture or DICOM file
-) -> Image.Image:                                 # 8-bit, mode "L" or "RGB"
-    "Get an image from whatever holds it; raises `TypeError`, `ValueError` or `DataError` (`prepare`) where it cannot."
-    if isinstance(image, Image.Image): return to_8_bit(image)
-    if isinstance(image, np.ndarray): return to_8_bit(Image.fromarray(image))
-    if not isinstance(image, (str, Path)): raise TypeError(f"an image is a picture, an array or a path, not {type(image).__name__}")
-    return read_dicom(image) if Path(image).is_file() and is_dicom(image) else open_image(image)
-
-# %% ../nbs/01d_model.ipynb #01d-045
+# %% ../nbs/01d_model.ipynb #01d-046
 def study_batch(
     studies: list,                    # of images, or of lists of images
     processor: ReportImageProcessor,
@@ -300,7 +272,7 @@ def study_batch(
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
     return {"pixel_values": pad(pixels), "view_mask": pad(mask)}
 
-# %% ../nbs/01d_model.ipynb #01d-049
+# %% ../nbs/01d_model.ipynb #01d-050
 class Inert:
     "Stand for whatever a checkpoint holds besides tensors, and do nothing."
     def __new__(cls, *args, **kwargs): return object.__new__(cls)
@@ -319,7 +291,7 @@ class TensorUnpickler(Unpickler):
         plain = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("collections", "OrderedDict")}
         return super().find_class(module, name) if (module, name) in plain else Inert
 
-# %% ../nbs/01d_model.ipynb #01d-050
+# %% ../nbs/01d_model.ipynb #01d-051
 def read_checkpoint(
     path: str | Path, # of a Lightning checkpoint
 ) -> dict[str, Tensor]: # its `state_dict`
@@ -336,7 +308,7 @@ def read_checkpoint(
         raise ValueError(f"the state_dict of {path} does not hold tensors alone")
     return dict(state)
 
-# %% ../nbs/01d_model.ipynb #01d-054
+# %% ../nbs/01d_model.ipynb #01d-055
 RELEASED_NAMES = {"encoder_projection.projection.": "projection.", "decoder.encoder_decoder.decoder.": "decoder."}
 UNUSED = re.compile(r"encoder\.cvt\.(norm|head)\.|.*\.h\.\d+\.(attn|crossattention)\.(bias|masked_bias)$")
 
@@ -351,7 +323,7 @@ def from_released_names(
         return name
     return {rename(name): tensor for name, tensor in weights.items() if not UNUSED.match(name)}
 
-# %% ../nbs/01d_model.ipynb #01d-058
+# %% ../nbs/01d_model.ipynb #01d-059
 class CvT2DistilGPT2(ReportModel, GenerationMixin):
     "Writes the report of a chest X-ray study (Nicolson et al., 2023)."
     @torch.no_grad()
@@ -375,7 +347,7 @@ class CvT2DistilGPT2(ReportModel, GenerationMixin):
         "Load the authors' Lightning checkpoint; see `load_released`."
         return load_released(cls, path, tokenizer, config)
 
-# %% ../nbs/01d_model.ipynb #01d-059
+# %% ../nbs/01d_model.ipynb #01d-060
 def write_reports(
     model: CvT2DistilGPT2,
     studies: list, # an entry a study: an image, or a list of its views; see `read_image`
@@ -389,7 +361,7 @@ def write_reports(
     try: return decode_reports(model.tokenizer, model.eval().generate(**batch, **kwargs))
     finally: model.train(training)
 
-# %% ../nbs/01d_model.ipynb #01d-060
+# %% ../nbs/01d_model.ipynb #01d-061
 def warm_start(
     cls: type[CvT2DistilGPT2],
     encoder: str | Path,                   # hub name, folder of a `transformers` CvT, or Microsoft's `.pth`
@@ -404,7 +376,7 @@ def warm_start(
     model.tokenizer = tokenizer
     return model.eval()
 
-# %% ../nbs/01d_model.ipynb #01d-061
+# %% ../nbs/01d_model.ipynb #01d-062
 def load_released(
     cls: type[CvT2DistilGPT2],
     path: str | Path,                      # the authors' `.ckpt`
@@ -419,6 +391,6 @@ def load_released(
     model.tokenizer = tokenizer
     return model.eval()
 
-# %% ../nbs/01d_model.ipynb #01d-063
+# %% ../nbs/01d_model.ipynb #01d-064
 AutoConfig.register("cvt2distilgpt2", CvT2DistilGPT2Config, exist_ok=True)
 AutoModel.register(CvT2DistilGPT2Config, CvT2DistilGPT2, exist_ok=True)

@@ -6,21 +6,18 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import pytest
 import torch
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
 from safetensors.torch import load_file, save_file
+from test_images import write
 from torchvision.transforms import v2
 from transformers import CvtConfig, CvtForImageClassification, CvtModel, GPT2LMHeadModel
 from transformers.activations import QuickGELUActivation
 
 from cvt2distilgpt2.decoder import decoder_config, load_tokenizer, tokenize_reports, train_tokenizer
 from cvt2distilgpt2.encoder import CvTConfig, count_parameters
-from cvt2distilgpt2.model import RELEASED_NAMES, CvT2DistilGPT2, CvT2DistilGPT2Config, ReportImageProcessor, model_card, read_checkpoint, read_dicom
-from cvt2distilgpt2.model import read_image, study_batch
+from cvt2distilgpt2.model import RELEASED_NAMES, CvT2DistilGPT2, CvT2DistilGPT2Config, ReportImageProcessor, model_card, read_checkpoint, study_batch
 
 torch.set_num_threads(1)
 DATA = os.environ.get("CVT2DISTILGPT2_TEST_DATA")
@@ -402,41 +399,10 @@ def test_image_processor_agrees_with_the_data():
         assert (data.normalise(data.image_transform(task, train=False)(image)) - ours).abs().max() < 1e-6
 
 
-def write_dicom(path, pixels, photometric="MONOCHROME2", **more):
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.1.1", "1.2.3"
-    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    file.SOPClassUID, file.SOPInstanceUID, file.PhotometricInterpretation = meta.MediaStorageSOPClassUID, "1.2.3", photometric
-    file.Rows, file.Columns, file.SamplesPerPixel = *pixels.shape[-2:], 1
-    file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 16, 12, 11, 0
-    for name, value in more.items(): setattr(file, name, value)
-    file.PixelData = pixels.astype(np.uint16).tobytes()
-    file.save_as(path, enforce_file_format=True)
-    return path
-
-
-def test_dicom(model, tmp_path):
-    ramp = np.linspace(0, 4095, 80 * 100).reshape(80, 100).round()
-    plain = np.asarray(read_dicom(write_dicom(tmp_path / "a.dcm", ramp)))
-    assert plain.dtype == np.uint8 and (plain.min(), plain.max()) == (0, 255) and (np.diff(plain[0].astype(int)) >= 0).all()
-    inverted = np.asarray(read_dicom(write_dicom(tmp_path / "b.dcm", ramp, "MONOCHROME1")))
-    assert np.array_equal(inverted, 255 - plain)
-    windowed = np.asarray(read_dicom(write_dicom(tmp_path / "c.dcm", ramp, WindowCenter=2048, WindowWidth=1000)))
-    assert (windowed[:30] == 0).all() and (windowed[-30:] == 255).all() and len(np.unique(windowed)) > 100
-    rescaled = np.asarray(read_dicom(write_dicom(tmp_path / "d.dcm", ramp, RescaleSlope=2, RescaleIntercept=-1000)))
-    assert np.array_equal(rescaled, plain)
-    (tmp_path / "a.dcm").rename(tmp_path / "without_suffix")
-    assert read_image(tmp_path / "without_suffix").size == (100, 80)
-    assert model.report([tmp_path / "b.dcm"], max_length=9) == model.report([Image.fromarray(inverted)], max_length=9)
-
-
-def test_dicom_that_is_not_one_image(tmp_path):
-    write_dicom(tmp_path / "film.dcm", np.zeros((2, 8, 8)), NumberOfFrames=2)
-    with pytest.raises(ValueError, match="film.dcm has 2 frames"): read_dicom(tmp_path / "film.dcm")
-    file = pydicom.dcmread(write_dicom(tmp_path / "cut.dcm", np.zeros((80, 80))))
-    file.PixelData = file.PixelData[:100]
-    file.save_as(tmp_path / "cut.dcm")
-    with pytest.raises(ValueError, match="cut.dcm has no image"): read_dicom(tmp_path / "cut.dcm")
+def test_report_reads_dicom(model, tmp_path):
+    ramp = Image.fromarray(np.linspace(0, 255, 80 * 100).reshape(80, 100).astype(np.uint8))
+    write(tmp_path / "no_suffix", pixels=255 - np.asarray(ramp), photometric="MONOCHROME1")
+    assert model.report([tmp_path / "no_suffix"], max_length=9) == model.report([ramp], max_length=9)
 
 
 def test_report_takes_images_of_every_kind(model, tmp_path):
