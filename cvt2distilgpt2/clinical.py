@@ -145,6 +145,7 @@ def read_cache(
 def write_cache(path: str | Path, labels: dict[str, str]) -> None:
     "Add labels to the file; it is whole at every moment."
     part = Path(f"{path}.{os.getpid()}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     part.write_text(json.dumps(read_cache(path) | labels))
     os.replace(part, path)
 
