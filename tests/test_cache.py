@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import sys
 import tarfile
@@ -205,13 +206,15 @@ def test_estimate_is_near(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork")
 def test_killed_worker_is_an_error(originals, tmp_path, monkeypatch):
     source, paths = originals
+    build_cache(paths, tmp_path/"cache", source, side=32, processes=1) # made otherwise, to be made anew
     real = module.open_image
     def fatal(path, side=None):
-        if Path(path).name.startswith("010") and (tmp_path/"cache"/"00000.tar").exists(): os.kill(os.getpid(), signal.SIGKILL)
+        if Path(path).name.startswith("010") and (tmp_path/"cache"/"00001.json").exists(): os.kill(os.getpid(), signal.SIGKILL)
         return real(path, side)
     monkeypatch.setattr(module, "open_image", fatal)
     args = dict(folder=tmp_path/"cache", source=source, side=64, shard_size=5, processes=2)
     with pytest.raises(OSError, match="worker process was killed"): build_cache(paths, **args)
+    assert not ImageCache.is_in(tmp_path/"cache") # half of one kind, half of the other
     monkeypatch.setattr(module, "open_image", real)
     assert build_cache(paths, **args) == [] and verify_cache(tmp_path/"cache", source, processes=1) == []
 
@@ -239,24 +242,25 @@ def kill_and_resume(tmp_path, kills):
     paths = make_originals(source, 64, side=300)
     start = time.perf_counter()
     start_build(paths, tmp_path/"whole", source).join()
-    seconds, rng, unfinished = time.perf_counter() - start, random.Random(0), 0
+    seconds, rng, unfinished, whole = time.perf_counter() - start, random.Random(0), 0, contents(tmp_path/"whole")
     for i in range(kills):
+        if i % 3 == 0: shutil.rmtree(tmp_path/"cache", ignore_errors=True) # begin anew, or go on where the last was killed
         process = start_build(paths, tmp_path/"cache", source)
-        time.sleep(rng.uniform(0, seconds/2))
+        time.sleep(rng.uniform(0.2, 0.9)*seconds)
         process.kill() # the parent alone: its workers must end by themselves
         process.join()
         unfinished += not ImageCache.is_in(tmp_path/"cache")
         deadline = time.time() + 10
         while (left := of_session(process.pid)) and time.time() < deadline: time.sleep(0.05)
         assert not left, "workers outlive their parent, and with them its lock"
-        if ImageCache.is_in(tmp_path/"cache"): (tmp_path/"cache"/"00003.tar").unlink() # go on killing
+        for name, bytes in contents(tmp_path/"cache").items(): assert name.endswith(".part") or bytes == whole[name]
     build_cache(paths, tmp_path/"cache", source, side=64, shard_size=8, processes=2)
-    assert contents(tmp_path/"cache") == contents(tmp_path/"whole") and unfinished
+    assert contents(tmp_path/"cache") == whole and unfinished
     return unfinished
 
 @LINUX
 def test_killed_build_resumes(tmp_path):
-    kill_and_resume(tmp_path, 3)
+    kill_and_resume(tmp_path, 4)
 
 @LINUX
 @pytest.mark.full
@@ -265,14 +269,18 @@ def test_build_killed_twenty_times(tmp_path):
 
 
 @LINUX
-def test_builds_at_once(originals, built, tmp_path):
-    "Two processes that build the same cache wait for each other."
-    folder, source, paths = built
-    both = [start_build(paths, tmp_path/"shared", source) for _ in range(2)]
-    for process in both:
-        process.join()
-        assert process.exitcode == 0
-    assert contents(tmp_path/"shared") == contents(folder)
+def test_builds_at_once(tmp_path):
+    "Processes that build the same cache wait for each other; one does the work."
+    source = tmp_path/"originals"
+    paths = make_originals(source, 40, side=200)
+    build_cache(paths, tmp_path/"alone", source, side=64, shard_size=8, processes=2)
+    started = []
+    for _ in range(4):
+        started.append(start_build(paths, tmp_path/"shared", source))
+        time.sleep(0.1) # while the first is at work
+    for process in started: process.join()
+    assert [process.exitcode for process in started] == [0]*4
+    assert contents(tmp_path/"shared") == contents(tmp_path/"alone")
 
 
 # damage
