@@ -6,7 +6,8 @@
 __all__ = ['HUB_ARGUMENTS', 'RELEASED_NAMES', 'UNUSED', 'CvT2DistilGPT2Config', 'ViewEncoder', 'token_mask', 'report_loss',
            'ReportImageProcessor', 'encoder_input', 'card_text', 'model_card', 'save_companions', 'load_companions',
            'Portable', 'ModelParts', 'ReportModel', 'study_batch', 'Inert', 'TensorUnpickler', 'read_checkpoint',
-           'from_released_names', 'CvT2DistilGPT2', 'write_reports', 'warm_start', 'load_released']
+           'from_released_names', 'choose_search', 'encode_fast', 'search_images', 'CvT2DistilGPT2', 'write_reports',
+           'warm_start', 'load_released']
 
 # %% ../nbs/01d_model.ipynb #01d-002
 import re
@@ -31,8 +32,9 @@ from transformers.utils import cached_file
 
 from .data import MEAN, STD, normalise
 from .decoder import DEMO_DECODER, decode_reports, decoder_config, load_decoder, load_tokenizer
-from .encoder import CVT_CONFIGS, CvT, CvTConfig, check_source, count_parameters, load_cvt, load_exactly
+from .encoder import CVT_CONFIGS, CvT, CvTConfig, check_source, count_parameters, for_inference, load_cvt, load_exactly, prepared
 from .images import read_image
+from .search import Request, read_request, search_reports
 
 # %% ../nbs/01d_model.ipynb #01d-008
 class CvT2DistilGPT2Config(PreTrainedConfig):
@@ -324,12 +326,56 @@ def from_released_names(
     return {rename(name): tensor for name, tensor in weights.items() if not UNUSED.match(name)}
 
 # %% ../nbs/01d_model.ipynb #01d-059
+def choose_search(
+    model: "CvT2DistilGPT2",
+    rules: dict,        # of `generate`
+    search: str | None, # "own" or "transformers"; None: own where it serves
+) -> Request | str:     # for our own search, or why `transformers` searches
+    "Choose who searches; raises `ValueError` for another name, or if our own is asked for and does not serve the request."
+    if search not in (None, "own", "transformers"): raise ValueError(f"search must be 'own', 'transformers' or None, not {search!r}")
+    request = read_request(model.decoder, model.generation_config, rules) if search != "transformers" else "asked for"
+    if search == "own" and isinstance(request, str): raise ValueError(f"our own search does not serve {request}")
+    return request
+
+
+def encode_fast(
+    model: "CvT2DistilGPT2",
+    pixel_values: Tensor,     # as `encode` takes them
+    view_mask: Tensor | None, # likewise
+    dtype: torch.dtype,       # to compute in
+) -> Tensor:                  # (B, V*N, width)
+    "Do what `encode` does with an encoder prepared for inference."
+    encoder = ViewEncoder(prepared(model.encoder.cvt, dtype, for_inference))
+    pixels = encoder_input(pixel_values, model.image_processor).to(dtype)
+    return F.linear(encoder(pixels, view_mask), model.projection.weight.to(dtype))
+
+# %% ../nbs/01d_model.ipynb #01d-060
+def search_images(
+    model: "CvT2DistilGPT2",
+    pixel_values: Tensor | None,            # as `encode` takes them
+    view_mask: Tensor | None,               # likewise
+    encoder_outputs: BaseModelOutput | None, # visual tokens instead of images
+    request: Request,
+    dtype: torch.dtype,                     # to compute in
+) -> Tensor:                                # (B, T)
+    "Encode and search, both in `dtype`."
+    with torch.autocast(model.device.type, enabled=False):
+        visual = encode_fast(model, pixel_values, view_mask, dtype) if encoder_outputs is None else encoder_outputs[0]
+        return search_reports(model.decoder, visual, token_mask(view_mask, visual.shape[1]), request, dtype)
+
+# %% ../nbs/01d_model.ipynb #01d-063
 class CvT2DistilGPT2(ReportModel, GenerationMixin):
     "Writes the report of a chest X-ray study (Nicolson et al., 2023)."
+    searched = None  # who searched last: "own", or "transformers" and why
+
     @torch.no_grad()
-    def generate(self, pixel_values: Tensor | None = None, view_mask: Tensor | None = None,
-                 encoder_outputs: BaseModelOutput | None = None, **kwargs) -> Tensor: # ids (B, T), [BOS] first
-        "Generate as `transformers` does, from images or from visual tokens (`encoder_outputs`)."
+    def generate(self, pixel_values: Tensor | None = None, view_mask: Tensor | None = None, encoder_outputs: BaseModelOutput | None = None,
+                 search: str | None = None, dtype: torch.dtype | None = None, **kwargs) -> Tensor: # ids (B, T), [BOS] first
+        "Generate as `transformers` does, from images or visual tokens (`encoder_outputs`); see `choose_search`, whose own computes in `dtype`."
+        if dtype and search == "transformers": raise ValueError("dtype is for our own search; transformers computes in the model's")
+        request = choose_search(self, kwargs, "own" if dtype else search)
+        self.searched = "own" if isinstance(request, Request) else f"transformers: {request}"
+        if isinstance(request, Request): return search_images(self, pixel_values, view_mask, encoder_outputs, request, dtype or self.dtype)
         if encoder_outputs is None: encoder_outputs = BaseModelOutput(self.encode(pixel_values, view_mask))
         return super().generate(encoder_outputs=encoder_outputs, view_mask=view_mask, **kwargs)
 
@@ -347,7 +393,7 @@ class CvT2DistilGPT2(ReportModel, GenerationMixin):
         "Load the authors' Lightning checkpoint; see `load_released`."
         return load_released(cls, path, tokenizer, config)
 
-# %% ../nbs/01d_model.ipynb #01d-060
+# %% ../nbs/01d_model.ipynb #01d-064
 def write_reports(
     model: CvT2DistilGPT2,
     studies: list, # an entry a study: an image, or a list of its views; see `read_image`
@@ -361,7 +407,7 @@ def write_reports(
     try: return decode_reports(model.tokenizer, model.eval().generate(**batch, **kwargs))
     finally: model.train(training)
 
-# %% ../nbs/01d_model.ipynb #01d-061
+# %% ../nbs/01d_model.ipynb #01d-065
 def warm_start(
     cls: type[CvT2DistilGPT2],
     encoder: str | Path,                   # hub name, folder of a `transformers` CvT, or Microsoft's `.pth`
@@ -376,7 +422,7 @@ def warm_start(
     model.tokenizer = tokenizer
     return model.eval()
 
-# %% ../nbs/01d_model.ipynb #01d-062
+# %% ../nbs/01d_model.ipynb #01d-066
 def load_released(
     cls: type[CvT2DistilGPT2],
     path: str | Path,                      # the authors' `.ckpt`
@@ -391,6 +437,6 @@ def load_released(
     model.tokenizer = tokenizer
     return model.eval()
 
-# %% ../nbs/01d_model.ipynb #01d-064
+# %% ../nbs/01d_model.ipynb #01d-068
 AutoConfig.register("cvt2distilgpt2", CvT2DistilGPT2Config, exist_ok=True)
 AutoModel.register(CvT2DistilGPT2Config, CvT2DistilGPT2, exist_ok=True)

@@ -405,7 +405,7 @@ def run(
 SERVED = {"max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "length_penalty", "early_stopping",
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"}
 NEUTRAL = {"do_sample": False, "num_return_sequences": 1, "use_cache": True, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
-    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "return_dict_in_generate": False, "output_scores": False}
+    "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "return_dict_in_generate": False, "output_scores": False, "synced_gpus": False}
 
 
 def unserved_rule(rules: dict) -> str | None: # of `generate`
@@ -454,8 +454,7 @@ def search_reports(
     dtype: torch.dtype | None = None,  # to compute in; None: the model's own
 ) -> Tensor:                           # (images, T), `[BOS]` first, padded after the end
     "Write the report of each image, token by token as `transformers`' `generate` does."
-    with torch.autocast(visual.device.type, enabled=False):
-        return run(prepared(model, dtype or model.dtype, prepare_decoder), visual, mask, request).clone()
+    return run(prepared(model, dtype or model.dtype, prepare_decoder), visual, mask, request).clone()
 
 # %% ../nbs/01c_search.ipynb #01c-080
 def image_bytes(
