@@ -21,5 +21,6 @@ setup(
     packages=[settings["lib_path"]],
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"study": study, "clinical": settings["clinical_requirements"].split(), "dev": settings["dev_requirements"].split() + study},
+    extras_require={"study": study, "dev": settings["dev_requirements"].split() + study,
+                    **{name: settings[f"{name}_requirements"].split() for name in ("dicom", "clinical")}},
 )

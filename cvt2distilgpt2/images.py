@@ -124,11 +124,12 @@ def _grey_levels(
     seen: tuple[int, int],   # the first and the last of `values` that are not padding
     file: Dataset,
 ) -> np.ndarray:             # (N,) uint8: what is shown for each of them
-    "Apply the modality and VOI steps of a grey DICOM image; a window's or a table's full range, else the image's own, becomes 0 to 255."
+    "Apply the modality and VOI steps of a grey DICOM image; a window's or a table's full range, else the image's own, becomes 0 to 255; plain 8 bits stay."
     shown = apply_modality_lut(values, file)
     if tables := file.get("VOILUTSequence"): levels = scale_to_8_bit(*_look_up(shown, tables[0], file.original_encoding[1] is not False))
     elif "WindowCenter" in file and "WindowWidth" in file:
         levels = scale_to_8_bit(apply_windowing(shown, file), *apply_windowing(np.array([-np.inf, np.inf]), file))
+    elif file.BitsStored == 8 and not file.PixelRepresentation and np.array_equal(shown, values): levels = values.astype(np.uint8)
     else:
         inside = shown[slice(*np.searchsorted(values, (seen[0], seen[1] + 1)))]
         levels = scale_to_8_bit(shown, inside.min(), inside.max())

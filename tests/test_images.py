@@ -459,7 +459,7 @@ FREE = [k for k in COMPRESSED if k not in ("lossless JPEG", "JPEG-LS")]
 def test_compressed_dicom(tmp_path, kind):
     file = COMPRESSED[kind]()
     plain = {"JPEG-LS": SQUARES, "JPEG": RAMP, "JPEG in colour": COLOUR}.get(kind, DEEP)
-    wanted = plain if kind == "JPEG in colour" else scale_to_8_bit(plain)
+    wanted = scale_to_8_bit(plain) if plain.itemsize > 1 else plain # 8 bits without a window stay
     assert np.abs(shown(tmp_path/"a", file) - wanted).max() <= (3 if "colour" in kind else 1 if kind == "JPEG" else 0)
     assert read_size(tmp_path/"a") == wanted.shape[1::-1]
 
