@@ -10,7 +10,7 @@ __all__ = ['STYLES', 'ENUMERATION', 'QUOTES', 'PUNCTUATION', 'UNKNOWN', 'PROFILE
            'texts_of', 'report_table', 'word_counts', 'unknown_by_threshold', 'split_sentences',
            'most_frequent_sentences', 'find_findings']
 
-# %% ../nbs/00d_data.ipynb #00d-005
+# %% ../nbs/00d_data.ipynb #00d-004
 import re
 import textwrap
 from collections import Counter
@@ -34,7 +34,7 @@ from .cache import ImageCache, Texts
 from .images import open_image
 from .tasks import Study, Task
 
-# %% ../nbs/00d_data.ipynb #00d-010
+# %% ../nbs/00d_data.ipynb #00d-009
 STYLES = {"iu_x_ray": (("..", ".", 3),),
           "mimic_cxr": (("\n", " ", 1), ("__", "_", 7), ("  ", " ", 6), ("..", ".", 8))} # (old, new, times)
 ENUMERATION = [("1. ", "")] + [(f". {n}. ", ". ") for n in range(2, 6)] + [(f" {n}. ", ". ") for n in range(2, 6)]
@@ -52,7 +52,7 @@ def clean_report(
     sentences = report.strip().lower().split(". ")
     return " . ".join(s.translate(QUOTES).strip().translate(PUNCTUATION) for s in sentences) + " ."
 
-# %% ../nbs/00d_data.ipynb #00d-016
+# %% ../nbs/00d_data.ipynb #00d-015
 UNKNOWN = "<unk>"
 
 class Labels:
@@ -76,7 +76,7 @@ class Labels:
         words = clean_report(report, self.style).split()[:self.max_length - 1]
         return " ".join(w if w in self._known else UNKNOWN for w in words)
 
-# %% ../nbs/00d_data.ipynb #00d-020
+# %% ../nbs/00d_data.ipynb #00d-019
 PROFILES = {"chen": {"iu_x_ray": (3, 60), "mimic_cxr": (3, 60)},
             "r2gen": {"iu_x_ray": (3, 60), "mimic_cxr": (10, 100)}} # (threshold, max_length)
 
@@ -89,14 +89,14 @@ def make_labels(
     threshold, max_length = PROFILES[task.profile][task.style]
     return Labels(train_reports, task.style, threshold, max_length)
 
-# %% ../nbs/00d_data.ipynb #00d-025
+# %% ../nbs/00d_data.ipynb #00d-024
 def _corner(width: int, height: int, size: int, train: bool) -> tuple[int, int]:
     "Return left and top of a square: drawn as `RandomCrop` does (top first, and only where there is a choice), or central."
     if not train: return round((width - size)/2), round((height - size)/2)
     top, left = (int(torch.randint(0, side - size + 1, ())) if side > size else 0 for side in (height, width))
     return left, top
 
-# %% ../nbs/00d_data.ipynb #00d-027
+# %% ../nbs/00d_data.ipynb #00d-026
 def transform_image(
     image: Image.Image, # mode "L" or "RGB"
     resize: int,        # short side in pixels before the crop
@@ -119,7 +119,7 @@ def image_transform(
     "Make the transform of a task."
     return partial(transform_image, resize=task.resize, size=task.image_size, rotation=task.rotation, train=train)
 
-# %% ../nbs/00d_data.ipynb #00d-033
+# %% ../nbs/00d_data.ipynb #00d-032
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # ImageNet's
 
 def normalise(
@@ -131,7 +131,7 @@ def normalise(
     mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (mean, std)) # (3, 1, 1)
     return (pixels/255 - mean)/std # one channel is broadcast to three
 
-# %% ../nbs/00d_data.ipynb #00d-037
+# %% ../nbs/00d_data.ipynb #00d-036
 @contextmanager
 def random_numbers_of(
     *numbers: int, # not negative; here the seed, the epoch and the index of a study
@@ -142,7 +142,7 @@ def random_numbers_of(
         torch.default_generator.manual_seed(seed) # torch.manual_seed would seed the GPUs, too, and with them dropout
         yield
 
-# %% ../nbs/00d_data.ipynb #00d-042
+# %% ../nbs/00d_data.ipynb #00d-041
 class ImageFolder:
     "Open the images of a folder: those of its cache, or plain files, of which the first are held in memory."
 
@@ -163,7 +163,7 @@ class ImageFolder:
             self._held[path], self.left = image, self.left - size
         return image
 
-# %% ../nbs/00d_data.ipynb #00d-045
+# %% ../nbs/00d_data.ipynb #00d-044
 @dataclass(frozen=True, eq=False)
 class TextLists:
     "Hold a list of texts for each study, packed; `TextLists.pack(lists)` makes it."
@@ -178,7 +178,7 @@ class TextLists:
 
     def __getitem__(self, i: int) -> list[str]: return [self.texts[j] for j in range(self.starts[i], self.starts[i + 1])]
 
-# %% ../nbs/00d_data.ipynb #00d-049
+# %% ../nbs/00d_data.ipynb #00d-048
 def same_channels(
     images: list[Tensor], # each (..., 1, H, W) or (..., 3, H, W)
 ) -> list[Tensor]:        # each (..., C, H, W): 1 where all are grey
@@ -186,7 +186,7 @@ def same_channels(
     most = max(i.shape[-3] for i in images)
     return [i.expand(*i.shape[:-3], most, *i.shape[-2:]) for i in images]
 
-# %% ../nbs/00d_data.ipynb #00d-050
+# %% ../nbs/00d_data.ipynb #00d-049
 class ReportDataset(Dataset):
     "Hold studies as pixels and labels; raises `DataError` where an image cannot be read."
 
@@ -212,7 +212,7 @@ class ReportDataset(Dataset):
     def __getitem__(self, i: int) -> dict: # pixel_values (V, C, H, W) uint8, label
         return read_study(self, i)
 
-# %% ../nbs/00d_data.ipynb #00d-051
+# %% ../nbs/00d_data.ipynb #00d-050
 def read_study(
     dataset: ReportDataset,
     i: int, # of the study
@@ -224,7 +224,7 @@ def read_study(
         chosen = int(torch.randint(len(reports), ())) if dataset.draw and len(reports) > 1 else 0
     return {"pixel_values": torch.stack(same_channels(views)), "label": dataset.label(reports[chosen])}
 
-# %% ../nbs/00d_data.ipynb #00d-059
+# %% ../nbs/00d_data.ipynb #00d-058
 def collate(
     items: list[dict],                                # of a `ReportDataset`
     tokenize: Callable[[list[str]], dict] | None = None, # labels -> tensors that the model is trained with, such as `tokenize_reports`
@@ -237,7 +237,7 @@ def collate(
     if min(views) < max(views): batch["view_mask"] = torch.arange(max(views)) < torch.tensor(views)[:, None] # (B, V)
     return batch | (tokenize([item["label"] for item in items]) if tokenize else {})
 
-# %% ../nbs/00d_data.ipynb #00d-067
+# %% ../nbs/00d_data.ipynb #00d-066
 def _write(ax: plt.Axes, text: str) -> None:
     "Fill an empty panel with text, cut where the panel ends."
     lines = textwrap.wrap(" ".join(text.split()), 48, max_lines=14, placeholder=" ...")
@@ -260,7 +260,7 @@ def show_studies(
         for text, ax in zip((study.report, (generated or {}).get(study.id, "")), row[views:]): _write(ax, text)
     return fig
 
-# %% ../nbs/00d_data.ipynb #00d-085
+# %% ../nbs/00d_data.ipynb #00d-084
 def copies_of_training(
     reports: Iterable[str],       # to be looked up
     train_reports: Iterable[str], # as written in training
@@ -269,7 +269,7 @@ def copies_of_training(
     known = {" ".join(r.split()) for r in train_reports}
     return [" ".join(r.split()) in known for r in reports]
 
-# %% ../nbs/00d_data.ipynb #00d-090
+# %% ../nbs/00d_data.ipynb #00d-089
 def texts_of(
     studies: Iterable[Study],
 ) -> list[str]: # all references, as written
@@ -289,7 +289,7 @@ def _report_row(reports: list[str], labels: Labels, train: list[str]) -> dict:
     return {"reports": len(reports), "distinct": len(set(made)), "median": int(np.median(words)), "95 %": int(np.quantile(words, .95)), "most": words.max(),
             "cut": np.mean(words >= labels.max_length) if labels.style else 0.0, "unknown": unknown/kept, "copies": np.mean(copies_of_training(made, train))}
 
-# %% ../nbs/00d_data.ipynb #00d-091
+# %% ../nbs/00d_data.ipynb #00d-090
 def report_table(
     studies: dict[str, list[Study]], # of each split
     labels: Labels,                  # the profile to describe
@@ -301,7 +301,7 @@ def report_table(
     if train: table.loc["train", "copies"] = np.nan # of itself
     return table
 
-# %% ../nbs/00d_data.ipynb #00d-102
+# %% ../nbs/00d_data.ipynb #00d-101
 WORD = re.compile(r"\w+(?:[-'’]\w+)*") # of any script
 
 def word_counts(
@@ -324,7 +324,7 @@ def unknown_by_threshold(
         rows[least] = {"vocabulary": len(known)} | missed
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("threshold")
 
-# %% ../nbs/00d_data.ipynb #00d-111
+# %% ../nbs/00d_data.ipynb #00d-110
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=。)|\n{2,}")
 
 def split_sentences(
@@ -350,7 +350,7 @@ def most_frequent_sentences(
     table["words"] = (words.cumsum()/max(words.sum(), 1))[:len(table)]
     return table
 
-# %% ../nbs/00d_data.ipynb #00d-118
+# %% ../nbs/00d_data.ipynb #00d-117
 FINDING_WORDS = {
     "cardiomegaly": r"cardiomegaly|cardiac enlargement|enlargement of the (?:heart|cardiac)|enlarged (?:heart|cardiac)|(?:heart|cardiac) (?:\w+ ){0,4}enlarged",
     "pleural effusion": r"effusions?|pleural fluid", "pneumothorax": r"pneumothora(?:x|ces)|pneumothoraxes",
@@ -363,7 +363,7 @@ CLAUSE_END = re.compile(r"[.;:](?!\d)|\b(?:but|however|although|though|except)\b
 DENIED_BEFORE = re.compile(r"\b(?:no(?! (?:\w+ ){0,3}change)|not|without|free of|negative for|absence of|nor|neither)\b")
 DENIED_AFTER = re.compile(r"\bnot (?:\w+ ){0,2}(?:seen|present|identified|evident|noted|visualized|detected|demonstrated)\b|\b(?:absent|resolved|ruled out)\b")
 
-# %% ../nbs/00d_data.ipynb #00d-119
+# %% ../nbs/00d_data.ipynb #00d-118
 @lru_cache(maxsize=2**17) # clauses repeat
 def _findings_of(clause: str) -> tuple[tuple[int, bool], ...]:
     "Return (number of the finding, stated or not) for each mention in a clause."

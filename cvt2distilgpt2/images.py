@@ -178,7 +178,7 @@ def _plugins(
              and not (p == "pillow" and syntax == JPEGExtended12Bit and file.BitsStored != 8)]  # cannot
     if found: return found
     raise BadImage(f"compressed as {syntax.name}, which cannot be decoded here",
-                   "Install pylibjpeg, pylibjpeg-libjpeg and pylibjpeg-openjpeg, or decompress it (gdcmconv --raw, dcmdjpeg).")
+                   "Install pylibjpeg, pylibjpeg-libjpeg and pylibjpeg-openjpeg (the extra 'dicom'), or decompress it (gdcmconv --raw, dcmdjpeg).")
 
 # %% ../nbs/00ba_images.ipynb #00ba-037
 JPEG, JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51" # how a stream begins
