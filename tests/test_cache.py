@@ -246,7 +246,9 @@ def kill_and_resume(tmp_path, kills):
     for i in range(kills):
         if i % 3 == 0: shutil.rmtree(tmp_path/"cache", ignore_errors=True) # begin anew, or go on where the last was killed
         process = start_build(paths, tmp_path/"cache", source)
-        time.sleep(rng.uniform(0.2, 0.9)*seconds)
+        shards = rng.randrange(8) # are whole, and the next is begun, perhaps
+        while process.is_alive() and len(list(tmp_path.glob("cache/*.json"))) < shards: time.sleep(0.002)
+        time.sleep(rng.uniform(0, seconds/8))
         process.kill() # the parent alone: its workers must end by themselves
         process.join()
         unfinished += not ImageCache.is_in(tmp_path/"cache")
@@ -453,11 +455,8 @@ def test_large_index_opens_at_once(tmp_path):
 def studies_of(names):
     return [Study(str(i), "No acute disease. The heart is of normal size.", (n,), "train") for i, n in enumerate(names)]
 
-@pytest.mark.full
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_first_batch_of_a_large_cache(tmp_path, method):
-    "From the studies in memory to the first batch within 2 seconds (and what a spawned process takes to import torch)."
-    folder, names = link_cache(tmp_path, 377_110, images=16)
+def first_batch(names, folder, method):
+    "Seconds from the studies in memory to the first batch, at best of three."
     studies, task, seconds = studies_of(names), get_task("mimic_cxr"), []
     for _ in range(3):
         start = time.perf_counter()
@@ -466,8 +465,16 @@ def test_first_batch_of_a_large_cache(tmp_path, method):
         assert next(loader)["pixel_values"].shape[2:] == (384, 384)
         seconds.append(time.perf_counter() - start)
         del loader
-    print(f"{method}: first batch after {min(seconds):.2f} s")
-    assert min(seconds) < (2 if method == "fork" else 15)
+    return min(seconds)
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_first_batch_of_a_large_cache(tmp_path, method):
+    "It comes within 2 seconds; with spawned workers, within 2 seconds of that of a small data set, which has to wait for their imports."
+    folder, names = link_cache(tmp_path, 377_110, images=16)
+    least, seconds = 0 if method == "fork" else first_batch(names[:16], folder, method), first_batch(names, folder, method)
+    print(f"{method}: first batch after {seconds:.2f} s ({least:.2f} s of a small data set)")
+    assert seconds - least < 2
 
 
 def memory_of(pids):
