@@ -119,7 +119,7 @@ def test_every_number_of_beams_and_images_alike():
 
 class Watch(TorchDispatchMode):
     "Count the bytes of all tensors that are made and alive, and note operations that wait for a device."
-    waits = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.is_nonzero.default", "aten.equal.default"}
+    waits = {"aten.item.default", "aten._local_scalar_dense.default", "aten.nonzero.default", "aten.is_nonzero.default", "aten.equal.default"}
 
     def __init__(self):
         super().__init__()
