@@ -38,10 +38,10 @@ from .results import weights_hash
 from .tasks import ALIASES, SPLITS, TASKS, DataError, Task, get_task, open_task
 from .train import LIMITS, load_model, processes
 
-# %% ../nbs/05_report.ipynb #05-014
+# %% ../nbs/05_report.ipynb #05-016
 NOTE = LIMITS[0]
 
-# %% ../nbs/05_report.ipynb #05-018
+# %% ../nbs/05_report.ipynb #05-020
 @dataclass(frozen=True)
 class Images:
     "Name the images of a study that wants a report."
@@ -53,7 +53,7 @@ def _name(path: str | Path) -> str:
     "Write a path as text that any file can hold, even where it is not UTF-8."
     return str(path).encode(errors="backslashreplace").decode()
 
-# %% ../nbs/05_report.ipynb #05-020
+# %% ../nbs/05_report.ipynb #05-022
 def images_in_folder(
     folder: Path,
     studies: bool = False, # is a (sub-)folder one study, not each image?
@@ -66,7 +66,7 @@ def images_in_folder(
     for p in pictures: groups[p.parent if studies else p].append(str(p))
     return [Images(_name(p), tuple(views)) for p, views in groups.items()], others
 
-# %% ../nbs/05_report.ipynb #05-024
+# %% ../nbs/05_report.ipynb #05-026
 def _read_rows(path: Path) -> pd.DataFrame: # all text, headers in small letters
     "Read a table of texts; raises `ValueError` that names it."
     try:
@@ -87,7 +87,7 @@ def images_in_table(
         groups[_name(table[name][row].strip() if name else cell.strip())] += views
     return [Images(study, tuple(dict.fromkeys(views))) for study, views in groups.items()]
 
-# %% ../nbs/05_report.ipynb #05-028
+# %% ../nbs/05_report.ipynb #05-030
 def images_in_task(
     task: Task,
     split: str | None = None, # "train", "val" or "test"; None: all
@@ -96,7 +96,7 @@ def images_in_task(
     studies = open_task(task)
     return [Images(_name(s.id), s.image_path, str(task.image_folder)) for part in SPLITS if split in (None, part) for s in studies[part]]
 
-# %% ../nbs/05_report.ipynb #05-030
+# %% ../nbs/05_report.ipynb #05-032
 def _in_one(path: str, studies: bool, split: str | None) -> tuple[list[Images], Counter]:
     "List what one word of the command line stands for; raises `FileNotFoundError` for nothing."
     place, none = Path(path), Counter()
@@ -110,7 +110,7 @@ def _in_one(path: str, studies: bool, split: str | None) -> tuple[list[Images], 
     parts = [_in_one(match, studies, split) for match in matches]
     return [s for found, _ in parts for s in found], sum((others for _, others in parts), none)
 
-# %% ../nbs/05_report.ipynb #05-031
+# %% ../nbs/05_report.ipynb #05-033
 def find_images(
     paths: list[str | Path | Images] | str | Path, # images, folders, patterns, tables, prepared tasks; what was found before
     studies: bool = False,                # is a sub-folder one study?
@@ -126,7 +126,7 @@ def find_images(
     if twice: raise ValueError(f"{len(twice)} ids stand for several studies, such as {twice[0]!r}: report on them one after another, to several outputs")
     return list(found), others
 
-# %% ../nbs/05_report.ipynb #05-036
+# %% ../nbs/05_report.ipynb #05-038
 @lru_cache
 def _opener(folder: str | None):
     "Return what opens an image: of a prepared task through its cache, else a file. Nothing is held in memory."
@@ -151,7 +151,7 @@ class Pictures(Dataset):
         try: return torch.stack(same_channels([self.transform(_opener(study.folder)(p)) for p in study.paths]))
         except Exception as e: return _in_words(e) # one bad file must not end the reading of thousands
 
-# %% ../nbs/05_report.ipynb #05-040
+# %% ../nbs/05_report.ipynb #05-042
 def make_batch(
     items: list[torch.Tensor | str], # of `Pictures`
 ) -> tuple[list[str], dict[str, torch.Tensor]]: # an error a study; pixel_values and perhaps view_mask of those without
@@ -159,12 +159,19 @@ def make_batch(
     good = [{"pixel_values": i} for i in items if not isinstance(i, str)]
     return [i if isinstance(i, str) else "" for i in items], collate(good) if good else {}
 
-# %% ../nbs/05_report.ipynb #05-043
+# %% ../nbs/05_report.ipynb #05-045
 def _load(studies: list[Images], model: CvT2DistilGPT2, batch_size: int, workers: int) -> DataLoader:
     "Read ahead; where there is but a batch, without other processes."
     return DataLoader(Pictures(studies, model.image_processor), batch_size, collate_fn=make_batch,
                       num_workers=min(workers, (len(studies) - 1)//batch_size), pin_memory=model.device.type == "cuda")
 
+def _check(model: CvT2DistilGPT2, max_length: int | None) -> None:
+    "Raise `ValueError` if the model cannot write, or not so many tokens."
+    if model.tokenizer is None: raise ValueError("the model has no tokenizer, so it cannot write")
+    most = model.config.decoder.n_positions
+    if max_length and max_length > most: raise ValueError(f"max_length is {max_length}, but the decoder has {most} positions")
+
+# %% ../nbs/05_report.ipynb #05-046
 @torch.no_grad()
 def stream_reports(
     studies: list[Images],
@@ -173,8 +180,8 @@ def stream_reports(
     workers: int = 2,      # processes that read images
     **rules,               # of `generate`: num_beams, max_length, dtype; None: its own
 ) -> Iterator[list[tuple[str, str, str]]]: # a batch at a time: id, report, error
-    "Write reports in order as images come in; raises `ValueError` if the model has no tokenizer."
-    if model.tokenizer is None: raise ValueError("the model has no tokenizer, so it cannot write")
+    "Write reports in order as images come in; raises `ValueError` if the model cannot write."
+    _check(model, rules.get("max_length"))
     model.eval()
     rules = {name: value for name, value in rules.items() if value is not None}
     names = iter(studies)
@@ -183,7 +190,7 @@ def stream_reports(
         reports = iter(decode_reports(model.tokenizer, model.generate(**batch, **rules)) if batch else ())
         yield [(next(names).id, "" if error else next(reports), error) for error in errors]
 
-# %% ../nbs/05_report.ipynb #05-048
+# %% ../nbs/05_report.ipynb #05-051
 FIELDS = ("id", "report", "error", "made_with", "note")
 
 def made_with(
@@ -194,9 +201,9 @@ def made_with(
 ) -> str:
     "Say what a report depends on besides its images."
     length, kind = max_length or model.generation_config.max_length, str(dtype or model.dtype).removeprefix("torch.")
-    return f"weights {weights_hash(model)[:12]}, {num_beams} beams, {length} tokens at most, {kind}"
+    return f"weights {weights_hash(model)[:12]}, beams {num_beams}, max_length {length}, {kind}"
 
-# %% ../nbs/05_report.ipynb #05-050
+# %% ../nbs/05_report.ipynb #05-053
 def to_record(
     values: tuple[str, ...], # one for each of `FIELDS`
     suffix: str,             # ".csv" or ".jsonl"
@@ -218,7 +225,7 @@ def from_record(
     if not isinstance(row, dict) or tuple(row) != FIELDS: raise ValueError("other fields")
     return row
 
-# %% ../nbs/05_report.ipynb #05-055
+# %% ../nbs/05_report.ipynb #05-058
 def whole_records(
     path: Path, # of an output; it may not exist yet
 ) -> Iterator[bytes]:
@@ -241,7 +248,7 @@ def open_to_append(
     if not end and path.suffix == ".csv": file.write(to_record(FIELDS, path.suffix))
     return file
 
-# %% ../nbs/05_report.ipynb #05-059
+# %% ../nbs/05_report.ipynb #05-062
 def reported(
     path: Path, # of an output
     made: str | None = None, # what `made_with` says now; None: whatever
@@ -258,7 +265,7 @@ def reported(
             raise ValueError(f"{path} holds reports made with {row['made_with']!r}, now it is {made!r}; name another output")
         yield row
 
-# %% ../nbs/05_report.ipynb #05-064
+# %% ../nbs/05_report.ipynb #05-067
 def part_paths(out: Path) -> list[Path]: # those that exist
     "List the parts that several processes have written."
     return sorted(out.parent.glob(f"{glob.escape(out.stem)}.part*{out.suffix}"))
@@ -278,7 +285,7 @@ def join_parts(
     joined.replace(out)
     for path in part_paths(out): path.unlink()
 
-# %% ../nbs/05_report.ipynb #05-068
+# %% ../nbs/05_report.ipynb #05-071
 def _plan(out: Path, studies: list[Images], made: str) -> list[Images]: # what is left to do
     "Look up what an output and its parts hold already; raises as `reported` does."
     if out.suffix not in (".csv", ".jsonl"): raise ValueError(f"the output must end in .csv or .jsonl, not {out.name!r}")
@@ -295,7 +302,7 @@ def _write(path: Path, studies: list[Images], model: CvT2DistilGPT2, made: str, 
             file.flush()
             bar.update(len(batch))
 
-# %% ../nbs/05_report.ipynb #05-069
+# %% ../nbs/05_report.ipynb #05-072
 def write_reports(
     paths: list[str | Path | Images] | str | Path, # as `find_images` takes them
     model: CvT2DistilGPT2,                # on its device
@@ -321,7 +328,7 @@ def write_reports(
     if state.is_main_process and not alone: join_parts(out, studies)
     return out
 
-# %% ../nbs/05_report.ipynb #05-078
+# %% ../nbs/05_report.ipynb #05-081
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
 def _count(words: str, least: int = 1) -> int:
@@ -348,7 +355,7 @@ def read_arguments(
     parser.add_argument("--tokenizer", default="distilgpt2", help="for a released .ckpt, which carries none: hub name or folder (distilgpt2)")
     return parser.parse_args(argv)
 
-# %% ../nbs/05_report.ipynb #05-080
+# %% ../nbs/05_report.ipynb #05-083
 def _print_reports(studies: list[Images], model: CvT2DistilGPT2, **how) -> None:
     "Print each report under the name of its study."
     for batch in stream_reports(studies, model, **how):
@@ -363,7 +370,7 @@ def _find(args: argparse.Namespace) -> list[Images]: # for the first process alo
     print(f"{len(studies):,} studies" + (f"; other files, left out: {left}" if left else ""), file=sys.stderr)
     return studies
 
-# %% ../nbs/05_report.ipynb #05-081
+# %% ../nbs/05_report.ipynb #05-084
 def _report(args: argparse.Namespace) -> str: # what there is to say at the end
     "Do what the command line asks for; raises as `find_images`, `load_model` and `write_reports` do."
     studies = _find(args)
