@@ -112,10 +112,10 @@ def _in_one(path: str, studies: bool, split: str | None) -> tuple[list[Images], 
 
 # %% ../nbs/05_report.ipynb #05-033
 def find_images(
-    paths: list[str | Path | Images] | str | Path, # images, folders, patterns, tables, prepared tasks; what was found before
-    studies: bool = False,                # is a sub-folder one study?
-    split: str | None = None,             # of prepared tasks; None: all
-) -> tuple[list[Images], Counter]:        # in order, each once; files left out, by suffix
+    paths: list[str | Path | Images] | str | Path, # images, folders, patterns, tables, prepared tasks; or what was found before
+    studies: bool = False,         # is a (sub-)folder one study, not each of its images?
+    split: str | None = None,      # of prepared tasks; None: all
+) -> tuple[list[Images], Counter]: # in order, each once; files left out, by suffix
     "List all that gets a report; raises `FileNotFoundError` for a path that leads nowhere, `ValueError` for ids with several meanings."
     given = [paths] if isinstance(paths, (str, Path)) else paths
     parts = [([p], Counter()) if isinstance(p, Images) else _in_one(str(p), studies, split) for p in given]
@@ -148,6 +148,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, i: int) -> torch.Tensor | str:
         study = self.studies[i]
+        if not study.paths: return "no image is named"
         try: return torch.stack(same_channels([self.transform(_opener(study.folder)(p)) for p in study.paths]))
         except Exception as e: return _in_words(e) # one bad file must not end the reading of thousands
 
@@ -305,14 +306,14 @@ def _write(path: Path, studies: list[Images], model: CvT2DistilGPT2, made: str, 
 # %% ../nbs/05_report.ipynb #05-072
 def write_reports(
     paths: list[str | Path | Images] | str | Path, # as `find_images` takes them
-    model: CvT2DistilGPT2,                # on its device
-    out: str | Path,                      # ends in .csv or .jsonl; what it holds is not done again
-    num_beams: int = 4,
-    max_length: int | None = None,        # tokens of a report at most; None: the model's own
-    dtype: torch.dtype | None = None,     # to compute in; None: the model's own
-    batch_size: int = 16,                 # studies at a time
-    workers: int = 2,                     # processes that read images
-    **which,                              # for `find_images`: `studies`, `split`
+    model: CvT2DistilGPT2,            # on its device
+    out: str | Path,                  # ends in .csv or .jsonl; what it holds is not done again
+    num_beams: int = 4,               # of the search
+    max_length: int | None = None,    # tokens of a report at most; None: the model's own
+    dtype: torch.dtype | None = None, # to compute in; None: the model's own
+    batch_size: int = 16,             # studies at a time
+    workers: int = 2,                 # processes that read images
+    **which,                          # for `find_images`: `studies`, `split`
 ) -> Path: # of the output
     "Write the reports of all images; raises as `find_images`, `reported` and `stream_reports` do."
     out, state, made = Path(out), processes(), made_with(model, num_beams, max_length, dtype)
@@ -380,7 +381,9 @@ def _report(args: argparse.Namespace) -> str: # what there is to say at the end
     if not args.out:
         _print_reports(studies, model, **how)
         return NOTE
-    errors = Counter(bool(row["error"]) for row in reported(write_reports(studies, model, args.out, **how)))
+    write_reports(studies, model, args.out, **how)
+    if not processes().is_main_process: return ""
+    errors = Counter(bool(row["error"]) for row in reported(args.out))
     return f"{args.out}: {errors[False]:,} reports, {errors[True]:,} errors. {NOTE}"
 
 def main(
