@@ -2,15 +2,16 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from transformers import CvtConfig, CvtForImageClassification
+from transformers import CvtConfig, CvtForImageClassification, CvtModel
 from transformers.activations import QuickGELUActivation
 
-from cvt2distilgpt2.encoder import CVT_CONFIGS, CvT, CvTConfig, count_parameters, from_hub_config, from_hub_names, load_cvt, load_exactly
+from cvt2distilgpt2.encoder import CVT_CONFIGS, CvT, CvTConfig, count_parameters, for_inference, from_hub_config, from_hub_names, load_cvt, load_exactly
 
 torch.set_num_threads(1)
 SIZES = {
@@ -184,3 +185,35 @@ def test_checkpointing_changes_neither_gradients_nor_statistics():
 
     for plain, again in zip(run(False), run(True)):
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("name, size", [("cvt_21", 384), ("cvt_13", 200), ("cvt_demo", 112)])
+@torch.no_grad()
+def test_the_form_for_inference_computes_the_same_tokens(name, size):
+    torch.manual_seed(0)
+    model = CvT(CVT_CONFIGS[name], num_classes=0).eval()
+    for tensor_name, tensor in model.state_dict().items():
+        if "running_var" in tensor_name: tensor.uniform_(0.5, 2)
+        elif tensor.is_floating_point(): tensor.add_(0.05 * torch.randn_like(tensor))
+    images, before = torch.randn(1, 3, size, size), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    plain, fast, half = (form.forward_features(images.to(dtype)).float() for form, dtype in
+        [(model, torch.float32), *((for_inference(model, dtype), dtype) for dtype in (torch.float32, torch.bfloat16))])
+    assert (plain - fast).abs().max() < 1e-4 and (plain - half).norm() < 0.05 * plain.norm()
+    if size < 384: assert torch.allclose(for_inference(model.double(), torch.float64).forward_features(images.double()), model.forward_features(images.double()), atol=1e-10)
+    assert all(torch.equal(before[key], tensor.to(before[key].dtype)) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.full
+@torch.inference_mode()
+def test_speed_of_the_form_for_inference():
+    "Processor time of one thread; the factor of bfloat16 needs a processor with avx512_bf16."
+    model, theirs, images = CvT(CvTConfig(), num_classes=0).eval(), CvtModel(CvtConfig(depth=(1, 4, 16))).eval(), torch.randn(2, 3, 384, 384)
+
+    def seconds(form, pixels):
+        starts = [(time.process_time(), form(pixels), time.process_time()) for _ in range(5)]
+        return min(end - start for start, _, end in starts)
+    plain = seconds(theirs, images)
+    whole, half = (seconds(for_inference(model, dtype).forward_features, images.to(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    print(f"2 images: transformers {plain:.2f} s, ours {whole:.2f} s ({plain / whole:.2f} times), bfloat16 {half:.2f} s ({plain / half:.2f} times)")
+    assert plain > 1.4 * whole  # 1.5, but for what else the machine does
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported(): assert plain > 2.3 * half
