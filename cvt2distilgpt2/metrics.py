@@ -9,8 +9,9 @@ __all__ = ['PROTOCOLS', 'AS_GIVEN', 'BLEU_STATISTICS', 'ROUGE_BETA', 'CIDER_SIGM
            'java_command', 'ptb_texts', 'Protocol', 'scored_texts', 'make_protocol', 'paired_texts', 'bleu_statistics',
            'bleu_score', 'rouge_l_statistics', 'mean_score', 'ngram_counts', 'cider_statistics', 'meteor_command',
            'MeteorError', 'Meteor', 'meteor_score', 'report_statistics', 'corpus_scores', 'per_report', 'nlg_scores',
-           'score_protocols', 'most_frequent_reports', 'constant_report', 'shuffled', 'diversity', 'resampled_sums',
-           'bootstrap_interval', 'exchanged_differences', 'paired_comparison', 'over_seeds', 'published']
+           'score_protocols', 'most_frequent_reports', 'constant_report', 'shuffled', 'shuffled_scores', 'diversity',
+           'resampled_sums', 'bootstrap_interval', 'exchanged_differences', 'paired_comparison', 'over_seeds',
+           'published']
 
 # %% ../nbs/02a_metrics.ipynb #02a-002
 import queue
@@ -22,7 +23,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -514,7 +515,21 @@ def shuffled(
     texts = [texts[moved[place]] for place in range(len(texts))]
     return dict(zip(predictions, texts)) if isinstance(predictions, dict) else texts
 
-# %% ../nbs/02a_metrics.ipynb #02a-120
+# %% ../nbs/02a_metrics.ipynb #02a-119
+def shuffled_scores(
+    predictions: dict | list,           # {id: report}, or reports in the order of `references`; at least two
+    references: dict | list,            # {id: report} or {id: [reports]}, or a list of either
+    shuffles: int = 20,                 # how many; METEOR takes as long for each as for the reports themselves
+    metrics: tuple[str, ...] = METRICS, # which of `METRICS`
+    protocol: Protocol = AS_GIVEN,
+) -> pd.DataFrame:                      # a row for each metric: mean, low, high (95 % of the shuffles lie between), protocol
+    "Score shuffled reports; raises as `shuffled` and `report_statistics` do."
+    with Meteor() if "meteor" in metrics else nullcontext() as meteor:
+        scores = pd.DataFrame([corpus_scores(report_statistics(shuffled(predictions, seed), references, metrics, meteor, protocol))
+                               for seed in range(shuffles)])[list(metrics)]
+    return pd.DataFrame({"mean": scores.mean(), "low": scores.quantile(0.025), "high": scores.quantile(0.975), "protocol": protocol.name})
+
+# %% ../nbs/02a_metrics.ipynb #02a-124
 def diversity(
     predictions: dict | list,               # {id: report} or reports
     train_reports: list[str] | None = None, # to find out what was copied; None: not asked
@@ -532,7 +547,7 @@ def diversity(
         vocabulary=len({word for text in texts for word in text.split()}),
         copied=float("nan") if train_reports is None else sum(text in known for text in texts) / len(texts))
 
-# %% ../nbs/02a_metrics.ipynb #02a-125
+# %% ../nbs/02a_metrics.ipynb #02a-129
 def resampled_sums(
     values: np.ndarray,     # (n, K) statistics of n studies
     resamples: int,         # how many draws of n studies
@@ -555,7 +570,7 @@ def bootstrap_interval(
     return pd.DataFrame({"score": corpus_scores(statistics), "low": scores.quantile(0.025), "high": scores.quantile(0.975),
                          "protocol": statistics.attrs.get("protocol", AS_GIVEN.name)})
 
-# %% ../nbs/02a_metrics.ipynb #02a-135
+# %% ../nbs/02a_metrics.ipynb #02a-139
 def exchanged_differences(
     first: pd.DataFrame,  # from `report_statistics`
     second: pd.DataFrame, # of the same studies
@@ -571,7 +586,7 @@ def exchanged_differences(
     ours, theirs = _scores(a.sum(0) + moved, first.columns), _scores(b.sum(0) - moved, first.columns)
     return {name: theirs[name] - ours[name] for name in ours}
 
-# %% ../nbs/02a_metrics.ipynb #02a-136
+# %% ../nbs/02a_metrics.ipynb #02a-140
 def paired_comparison(
     first: pd.DataFrame,     # from `report_statistics`
     second: pd.DataFrame,    # of another run's reports of the same studies, by the same protocol
@@ -591,7 +606,7 @@ def paired_comparison(
     p = ((1 + as_large) / (1 + resamples)).where(difference.notna())
     return both.assign(difference=difference, low=(theirs - ours).quantile(0.025), high=(theirs - ours).quantile(0.975), p=p, protocol=protocols[0])
 
-# %% ../nbs/02a_metrics.ipynb #02a-144
+# %% ../nbs/02a_metrics.ipynb #02a-148
 def over_seeds(
     scores: list[dict[str, float]], # of each seed, from `nlg_scores`
 ) -> pd.DataFrame:                  # a row for each metric: mean, std (of single runs, n - 1; NaN for one), min, max, seeds
@@ -599,7 +614,7 @@ def over_seeds(
     if not scores or any(s.keys() != scores[0].keys() for s in scores): raise ValueError("give the same metrics of every seed, and at least one seed")
     return pd.DataFrame(scores).agg(["mean", "std", "min", "max"]).T.assign(seeds=len(scores))
 
-# %% ../nbs/02a_metrics.ipynb #02a-148
+# %% ../nbs/02a_metrics.ipynb #02a-152
 SOURCES = {
     "CvT2DistilGPT2": "Nicolson et al. 2023, Artificial Intelligence in Medicine 144:102633",
     "R2Gen": "Chen et al. 2020, EMNLP",
@@ -620,7 +635,7 @@ PUBLISHED = { # task: rows of (system, n, protocol of the labels, averaging of c
         ("R2GenCMN", None, CHEN, None, (.475, .309, .222, .170, .191, .375)),
         ("M2 Transformer Progressive", None, UNKNOWN, None, (.486, .317, .232, .173, .192, .390))]}
 
-# %% ../nbs/02a_metrics.ipynb #02a-149
+# %% ../nbs/02a_metrics.ipynb #02a-153
 def published(
     task: str,     # name of a task
 ) -> pd.DataFrame: # a row for each system: n, scores, averaging of the clinical ones, protocol, source; empty for other tasks

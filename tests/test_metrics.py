@@ -31,7 +31,8 @@ from cvt2distilgpt2 import iu, metrics
 from cvt2distilgpt2.data import Labels
 from cvt2distilgpt2.metrics import (METEOR_STATISTICS, METRICS, JavaError, Meteor, MeteorError, bootstrap_interval, constant_report,
                                     corpus_scores, diversity, make_protocol, meteor_score, nlg_scores, over_seeds, paired_comparison,
-                                    per_report, ptb_texts, report_statistics, score_protocols, scored_text, shuffled)
+                                    per_report, ptb_texts, report_statistics, score_protocols, scored_text, shuffled,
+                                    shuffled_scores)
 from cvt2distilgpt2.phantom import sample_phantom
 
 WITHOUT_JAVA = tuple(m for m in METRICS if m != "meteor")
@@ -341,6 +342,16 @@ def test_shuffled_is_a_derangement_of_the_same_reports():
         assert all(moved[k] != predictions[k] for k in predictions)
     assert shuffled(predictions, 1) == shuffled(predictions, 1) != shuffled(predictions, 2)
     with pytest.raises(ValueError, match="at least two"): shuffled(["one"])
+
+
+def test_shuffled_scores_are_those_of_shuffles():
+    predictions, references = CORPORA["five references"]
+    several = [nlg_scores(shuffled(predictions, seed), references, ("cider", "bleu_4")) for seed in range(8)]
+    table = shuffled_scores(predictions, references, 8, ("cider", "bleu_4"))
+    assert list(table.index) == ["cider", "bleu_4"] and (table.protocol == "labels as given").all()
+    for metric, row in table.iterrows():
+        values = [s[metric] for s in several]
+        np.testing.assert_allclose([row["mean"], row.low, row.high], [np.mean(values), *np.quantile(values, [.025, .975])], rtol=0, atol=1e-12)
 
 
 def test_constant_report_takes_several_references_and_judges_on_validation_alone():
