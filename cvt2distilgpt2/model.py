@@ -356,10 +356,12 @@ def search_images(
     view_mask: Tensor | None,               # likewise
     encoder_outputs: BaseModelOutput | None, # visual tokens instead of images
     request: Request,
-    dtype: torch.dtype,                     # to compute in
+    dtype: torch.dtype | None,              # to compute in; None: autocast's, where that is on, or the model's
 ) -> Tensor:                                # (B, T)
-    "Encode and search, both in `dtype`."
-    with torch.autocast(model.device.type, enabled=False):
+    "Encode and search, both in one type."
+    device = model.device.type
+    dtype = dtype or (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype)
+    with torch.autocast(device, enabled=False):
         visual = encode_fast(model, pixel_values, view_mask, dtype) if encoder_outputs is None else encoder_outputs[0]
         return search_reports(model.decoder, visual, token_mask(view_mask, visual.shape[1]), request, dtype)
 
@@ -375,7 +377,7 @@ class CvT2DistilGPT2(ReportModel, GenerationMixin):
         if dtype and search == "transformers": raise ValueError("dtype is for our own search; transformers computes in the model's")
         request = choose_search(self, kwargs, "own" if dtype else search)
         self.searched = "own" if isinstance(request, Request) else f"transformers: {request}"
-        if isinstance(request, Request): return search_images(self, pixel_values, view_mask, encoder_outputs, request, dtype or self.dtype)
+        if isinstance(request, Request): return search_images(self, pixel_values, view_mask, encoder_outputs, request, dtype)
         if encoder_outputs is None: encoder_outputs = BaseModelOutput(self.encode(pixel_values, view_mask))
         return super().generate(encoder_outputs=encoder_outputs, view_mask=view_mask, **kwargs)
 

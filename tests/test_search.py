@@ -206,7 +206,7 @@ USUAL = GenerationConfig(max_length=40, **IDS)
 
 @pytest.mark.parametrize("rules", [{"do_sample": True}, {"num_return_sequences": 2, "num_beams": 2}, {"repetition_penalty": 1.1}, {"output_scores": True},
     {"return_dict_in_generate": True}, {"streamer": object()}, {"decoder_input_ids": torch.ones(1, 2)}, {"eos_token_id": [1, 2]}, {"max_length": 1},
-    {"max_length": 200}, {"bad_words_ids": [[3]]}, {"use_cache": False}, {"early_stopping": "soon"}, {"generation_config": GenerationConfig(top_p=0.5)}])
+    {"max_length": 200}, {"bad_words_ids": [[3]]}, {"use_cache": False}, {"early_stopping": "soon"}, {"generation_config": GenerationConfig(do_sample=True)}])
 def test_what_the_search_does_not_serve_is_named(rules):
     assert isinstance(read_request(drawn_model(0, 1.0), USUAL, rules), str)
 
@@ -230,6 +230,11 @@ def test_rules_are_read_as_transformers_reads_them():
     assert read(max_new_tokens=5, max_length=90, min_new_tokens=2, min_length=30) == Request(max_length=6, min_length=3, **IDS)
     assert read(generation_config=GenerationConfig(num_beams=3, length_penalty=0.5)) == Request(3, 40, 0, 0.5, **IDS)
     assert read_request(model, GenerationConfig(eos_token_id=57, bos_token_id=58), {}) == Request(max_length=21, eos_token_id=57, bos_token_id=58, pad_token_id=57)
+
+
+def test_a_saved_configuration_that_spells_every_default_out_is_served():
+    usual = GenerationConfig(**GenerationConfig._get_default_generation_params() | {"max_length": 40, "temperature": 0.7} | IDS)
+    assert read_request(drawn_model(0, 1.0), usual, {"num_beams": 4}) == Request(num_beams=4, max_length=40, **IDS)
 
 
 def test_changed_weights_are_seen():
