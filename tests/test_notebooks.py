@@ -15,7 +15,7 @@ from cvt2distilgpt2.tasks import Study, write_annotation
 from trees import make_iu
 
 root = Path(__file__).resolve().parent.parent
-TASK_NOTEBOOKS = ("index", "00d_data", "03_train", "04_results")
+TASK_NOTEBOOKS = ("index", "00d_data", "03_train", "04_results", "05_report", "06_benchmark")
 quiet = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 small = dict(n_train=64, n_val=12, n_test=24, warm_start=1, epochs=1)
 
@@ -58,9 +58,9 @@ def test_executed_training_shows_curves_table_and_reports(home):
     assert kinds.count("image/png") >= 2 and kinds.count("text/html") >= 3
 
 
-@pytest.mark.parametrize("name", ["index", "00d_data"])
-def test_notebook_on_the_demo(name, home, tmp_path):
-    given = {} if name == "index" else dict(n_train=64, n_val=12, n_test=24)
+@pytest.mark.parametrize("name, given", [("index", {}), ("00d_data", dict(n_train=64, n_val=12, n_test=24)), ("05_report", {}),
+    ("06_benchmark", dict(images=4, seconds=0.5, memory_workers=2, memory_images=1600))], ids=["index", "00d_data", "05_report", "06_benchmark"])
+def test_notebook_on_the_demo(name, given, home, tmp_path):
     done = papermill(name, tmp_path/"out.ipynb", home, cwd=root/"nbs", **given)
     assert done.returncode == 0, done.stderr[-3000:]
 
