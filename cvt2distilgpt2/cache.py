@@ -110,6 +110,7 @@ def _store_image(path: str, source: Path, recipe: Recipe) -> bytes | Problem:
     if is_blank(image): return Problem("", path, "blank: it shows nothing", "Fetch it again, or remove it from the data set.")
     return encode(image, recipe.store)
 
+# %% ../nbs/00be_cache.ipynb #00be-024
 def _sum(data: bytes) -> int:
     "Add up the 64-bit words of `data`: no single flipped bit and no lost part goes unnoticed, at five times the speed of a CRC."
     end = len(data) - len(data)%8
@@ -127,7 +128,7 @@ def _write_tar(path: Path, stored: Iterable[tuple[str, bytes]], ending: str) -> 
     part.replace(path)
     return files
 
-# %% ../nbs/00be_cache.ipynb #00be-027
+# %% ../nbs/00be_cache.ipynb #00be-028
 def _state_of(paths: list[str], source: Path) -> str:
     "Return a checksum of the names, sizes and times of originals; threads, since network disks answer slowly."
     def state(path):
@@ -151,7 +152,7 @@ def _read_stamp(path: Path) -> dict:
     if not isinstance(said, dict) or said.pop("crc", None) != _sum_of(said): raise ValueError("damaged")
     return said
 
-# %% ../nbs/00be_cache.ipynb #00be-028
+# %% ../nbs/00be_cache.ipynb #00be-029
 def _write_shard(tar: Path, paths: list[str], stored: Iterable[bytes | Problem], recipe: Recipe, state: str) -> dict: # its stamp
     "Write one shard and its stamp."
     problems, stamp = [], tar.with_suffix(".json")
@@ -173,7 +174,7 @@ def _fitting_stamp(tar: Path, recipe: Recipe, state: str) -> dict | None:
     except (OSError, ValueError): return None
     return said if (said["recipe"], said["originals"], said["bytes"]) == (asdict(recipe), state, size) else None
 
-# %% ../nbs/00be_cache.ipynb #00be-031
+# %% ../nbs/00be_cache.ipynb #00be-032
 INDEX = "index.npz"
 
 def _write_index(folder: Path, recipe: Recipe, stamps: list[dict]) -> None:
@@ -199,7 +200,7 @@ def _read_index(folder: Path) -> tuple[Recipe, Texts, np.ndarray, np.ndarray]: #
         raise ValueError("it points outside of its shards")
     return recipe, texts, index["places"], sizes
 
-# %% ../nbs/00be_cache.ipynb #00be-034
+# %% ../nbs/00be_cache.ipynb #00be-035
 def shard_path(folder: Path, shard: int) -> Path:
     "Return the path of a shard."
     return folder/f"{shard:05d}.tar"
@@ -219,7 +220,7 @@ class _Shard:
             file.seek(offset)
             return file.read(size)
 
-# %% ../nbs/00be_cache.ipynb #00be-035
+# %% ../nbs/00be_cache.ipynb #00be-036
 class ImageCache:
     "Open a cache: `cache(path)` is an image; raises `DataError` where the index is missing or damaged."
 
@@ -252,7 +253,7 @@ class ImageCache:
         i = bisect_left(self.paths, path)
         return i if i < len(self.paths) and self.paths[i] == path else None
 
-# %% ../nbs/00be_cache.ipynb #00be-036
+# %% ../nbs/00be_cache.ipynb #00be-037
 AGAIN = "Delete the shard and prepare the task again: it alone is made anew."
 
 def _read_row(cache: ImageCache, row: int) -> bytes:
@@ -275,7 +276,7 @@ def read_cached(
         what = "missing" if isinstance(e, FileNotFoundError) else str(e) or type(e).__name__
         raise DataError([Problem("", path, f"cannot be read from {shard_path(cache.folder, cache._places[0, row])}: {what}", AGAIN)]) from e
 
-# %% ../nbs/00be_cache.ipynb #00be-039
+# %% ../nbs/00be_cache.ipynb #00be-040
 def _end_with_parent() -> None:
     "End this worker as soon as its parent is gone."
     def wait():
@@ -288,7 +289,7 @@ def _pool(processes: int | None) -> ProcessPoolExecutor: # None: one a core
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None) # forked processes need not import anything again
     return ProcessPoolExecutor(processes or os.cpu_count(), context, initializer=_end_with_parent)
 
-# %% ../nbs/00be_cache.ipynb #00be-041
+# %% ../nbs/00be_cache.ipynb #00be-042
 def _duration(seconds: float) -> str:
     "Write a duration as people say it."
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds/60:.0f} min" if seconds < 6000 else f"{seconds/3600:.1f} h"
@@ -308,7 +309,7 @@ def _estimate(paths: list[str], folder: Path, pool_map: Callable) -> str:
     if need > free: raise OSError(errno.ENOSPC, f"not enough room in {folder}: {said}. Make room, or choose a smaller store")
     return said
 
-# %% ../nbs/00be_cache.ipynb #00be-042
+# %% ../nbs/00be_cache.ipynb #00be-043
 OURS = re.compile(r"\d{5,}\.(tar|json|part)|index\.(npz|part)|build\.lock")
 
 def _check_input(paths: list[str], folder: Path, store: str) -> None:
@@ -327,7 +328,7 @@ def _clear(folder: Path, keep: int) -> None:
     for path in folder.iterdir():
         if path.suffix == ".part" or (path.stem.isdigit() and int(path.stem) >= keep): path.unlink()
 
-# %% ../nbs/00be_cache.ipynb #00be-043
+# %% ../nbs/00be_cache.ipynb #00be-044
 def _make_shards(missing: dict[int, list[str]], folder: Path, source: Path, recipe: Recipe, processes: int | None, bar: tqdm) -> Iterable[dict]:
     "Make the shards `missing` (number -> paths) one after the other, and yield their stamps."
     def counted(images):
@@ -344,7 +345,7 @@ def _make_shards(missing: dict[int, list[str]], folder: Path, source: Path, reci
         except BrokenProcessPool as e:
             raise OSError("a worker process was killed, most likely for want of memory: try with fewer processes; what is stored is kept") from e
 
-# %% ../nbs/00be_cache.ipynb #00be-044
+# %% ../nbs/00be_cache.ipynb #00be-045
 def build_cache(
     paths: list[str],    # of all images, relative to `source`; their order decides what lies in which shard
     folder: str | Path,  # of the cache
@@ -370,7 +371,7 @@ def build_cache(
         _write_index(folder, recipe, stamps)
     return [Problem(**p) for stamp in stamps for p in stamp["problems"]]
 
-# %% ../nbs/00be_cache.ipynb #00be-060
+# %% ../nbs/00be_cache.ipynb #00be-061
 def _stamp_problem(tar: Path, files: list[list], recipe: Recipe) -> str | None:
     "Say what is wrong with a shard as a whole, given what the index says of it."
     try: said = _read_stamp(tar.with_suffix(".json"))
@@ -389,7 +390,7 @@ def _check_shard(shard: int, cache: ImageCache) -> list[Problem]:
         except DataError as e: problems += e.problems
     return problems
 
-# %% ../nbs/00be_cache.ipynb #00be-061
+# %% ../nbs/00be_cache.ipynb #00be-062
 def _compare(path: str, cache: ImageCache, source: Path) -> Problem | None:
     "Compare what the cache holds with what the original gives."
     stored = _store_image(path, source, cache.recipe)

@@ -90,6 +90,27 @@ def test_training_sees_the_same_pixels(tmp_path, store, mode, ending):
             assert torch.equal(ours.expand_as(theirs), theirs)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_uncompressed_images_are_read_rightly(mode):
+    "Whatever the first and the last pixels are, also those that look like the header's end."
+    for width, height in ((1, 1), (3, 1), (7, 999), (448, 538)):
+        for fill in (0, 9, 10, 32, 53, 255):
+            image = Image.new(mode, (width, height), (fill,)*len(mode) if mode == "RGB" else fill)
+            data = encode(image, "uncompressed")
+            assert np.array_equal(decode(data, "uncompressed"), image) and decode(data, "uncompressed").mode == mode
+            for cut in (3, 8, len(data) - 1):
+                with pytest.raises(Exception): decode(data[:cut], "uncompressed").load()
+
+
+def test_sums_see_every_bit():
+    rng = np.random.default_rng(0)
+    for size in (1, 7, 8, 9, 1001):
+        data = rng.integers(0, 256, size, dtype=np.uint8).tobytes()
+        wanted = sum(int.from_bytes(data[i:i + 8], "little") for i in range(0, size, 8)) % 2**63
+        assert module._sum(data) == wanted
+        for _ in range(200): assert module._sum(flip(data, rng)) != wanted
+
+
 def test_lossy_is_near_and_small(tmp_path):
     paths = make_originals(tmp_path/"o", 8, side=500)
     for store in STORES: build_cache(paths, tmp_path/store, tmp_path/"o", store=store, processes=1)
