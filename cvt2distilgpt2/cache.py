@@ -66,9 +66,8 @@ def encode(image: Image.Image, store: str) -> bytes: # a file of its own
 
 def _decode_grey(data: bytes) -> Image.Image:
     "Lay an image over uncompressed grey pixels: Pillow's own reader would copy them twice."
-    size = data[:20].split(b"\n")[1]                                                       # b"P5\n448 538\n255\n" and the pixels
-    width, height = map(int, size.split())
-    return Image.frombuffer("L", (width, height), memoryview(data)[-width*height:], "raw", "L", 0, 1)
+    start = data.index(b"\n255\n") + 5 # b"P5\n448 538\n255\n" and the pixels
+    return Image.frombuffer("L", tuple(map(int, data[3:start - 5].split())), memoryview(data)[start:], "raw", "L", 0, 1)
 
 def decode(data: bytes, store: str) -> Image.Image:
     "Decode what `encode` has made; raises what Pillow does for anything else."
@@ -111,10 +110,11 @@ def _store_image(path: str, source: Path, recipe: Recipe) -> bytes | Problem:
     return encode(image, recipe.store)
 
 # %% ../nbs/00be_cache.ipynb #00be-024
-def _sum(data: bytes) -> int:
+def _sum(data: bytes) -> int: # signed 64-bit
     "Add up the 64-bit words of `data`: no single flipped bit and no lost part goes unnoticed, at five times the speed of a CRC."
     end = len(data) - len(data)%8
-    return (int(np.frombuffer(data, "<u8", end//8).sum()) + int.from_bytes(data[end:], "little")) % 2**63
+    total = int(np.frombuffer(data, "<u8", end//8).sum()) + int.from_bytes(data[end:], "little")
+    return (total + 2**63) % 2**64 - 2**63
 
 def _write_tar(path: Path, stored: Iterable[tuple[str, bytes]], ending: str) -> list[list]: # of each image: path, offset, size, sum
     "Write a shard, whole or not at all, and say where in it each image lies."

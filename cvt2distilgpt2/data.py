@@ -137,10 +137,11 @@ def random_numbers_of(
     *numbers: int, # not negative; here the seed, the epoch and the index of a study
 ):
     "Make torch's random numbers on the CPU depend on `numbers` alone, and leave its generator as it was."
-    with torch.random.fork_rng(devices=[]):
-        seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-        torch.default_generator.manual_seed(seed) # torch.manual_seed would seed the GPUs, too, and with them dropout
-        yield
+    generator = torch.default_generator # torch.manual_seed would seed the GPUs, too, and with them dropout
+    state = generator.get_state()
+    generator.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    try: yield
+    finally: generator.set_state(state)
 
 # %% ../nbs/00d_data.ipynb #00d-041
 class ImageFolder:

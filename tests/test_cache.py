@@ -106,9 +106,9 @@ def test_sums_see_every_bit():
     rng = np.random.default_rng(0)
     for size in (1, 7, 8, 9, 1001):
         data = rng.integers(0, 256, size, dtype=np.uint8).tobytes()
-        wanted = sum(int.from_bytes(data[i:i + 8], "little") for i in range(0, size, 8)) % 2**63
-        assert module._sum(data) == wanted
-        for _ in range(200): assert module._sum(flip(data, rng)) != wanted
+        wanted = sum(int.from_bytes(data[i:i + 8], "little") for i in range(0, size, 8)) % 2**64
+        assert module._sum(data) % 2**64 == wanted and np.int64(module._sum(data)) == module._sum(data)
+        for _ in range(200): assert module._sum(flip(data, rng)) != module._sum(data)
 
 
 def test_lossy_is_near_and_small(tmp_path):
