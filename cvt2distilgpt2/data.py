@@ -223,7 +223,8 @@ def read_study(
     with random_numbers_of(dataset.seed, int(dataset._epoch), i):
         views = [dataset.transform(dataset.images(path)) for path in dataset.paths[i]]
         chosen = int(torch.randint(len(reports), ())) if dataset.draw and len(reports) > 1 else 0
-    return {"pixel_values": torch.stack(same_channels(views)), "label": dataset.label(reports[chosen])}
+    pixels = torch.stack(same_channels(views)) if len(views) > 1 else views[0][None] # (V, C, H, W); one is not copied
+    return {"pixel_values": pixels, "label": dataset.label(reports[chosen])}
 
 # %% ../nbs/00d_data.ipynb #00d-058
 def collate(
