@@ -198,6 +198,7 @@ def test_several_references_reach_validation_and_predictions(folder, home):
     said = model.tokenizer(["There are train lungs."]*4, return_tensors="np").input_ids
     scores = trainer.compute_metrics(type("Prediction", (), dict(predictions=said, label_ids=said)))
     assert 0.6 < scores["rouge_l"] < 1  # "There are <unk> lungs" or the like: near the second reference, far from the first
+    assert trainer.train_dataset.draw and not trainer.eval_dataset.draw # training draws one of them, validation takes the first
     references = references_of(studies["val"], label)
     table = pd.read_csv(write_predictions(home/"p.csv", studies["val"], references, ["x"]*4))
     assert list(table) == ["id", "reference", "generated", "other_references"] and list(table.reference) == [s.report for s in studies["val"]]
