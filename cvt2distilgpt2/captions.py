@@ -52,7 +52,7 @@ def _path_faults(path: str, folder: Path) -> list[tuple[str, str]]:
 # %% ../nbs/00bd_captions.ipynb #00bd-020
 def _faults(study: Study, folder: Path) -> list[tuple[str, str]]: # (what, mend)
     "Say all that is wrong with a candidate, taken alone."
-    wrong = [fault for text in study.reports or (study.report,) for fault in _text_faults(text)]
+    wrong = [fault for text in study.references for fault in _text_faults(text)]
     wrong += [fault for path in study.image_path for fault in _path_faults(path, folder)]
     def want(ok, what, mend):
         if not ok: wrong.append((what, mend))
@@ -250,7 +250,7 @@ def _row_study(cells: list[str], columns: dict[str, list[int]], folder: Path) ->
 def _merged(rows: list[Study]) -> Study | None: # None: they do not belong together
     "Make one study of rows with the same id."
     first = rows[0]
-    texts = tuple(t for r in rows for t in r.reports or (r.report,))
+    texts = tuple(t for r in rows for t in r.references)
     about = {(r.split, r.patient) for r in rows}
     if len(about) == 1 and len({(r.image_path, r.views) for r in rows}) == 1:
         return replace(first, reports=texts if len(texts) > 1 else None)

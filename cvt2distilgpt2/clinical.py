@@ -6,8 +6,8 @@
 __all__ = ['OBSERVATIONS', 'FIVE', 'CLASSES', 'SOURCE', 'UNCERTAIN', 'SCORES', 'AVERAGES', 'OPTIONAL', 'CheXbert',
            'chexbert_config', 'read_chexbert', 'load_vocabulary', 'report_tokens', 'classify', 'fingerprint',
            'read_cache', 'write_cache', 'Labeller', 'load_chexbert', 'positives', 'ratios', 'label_statistics',
-           'label_scores', 'averages', 'resampled_scores', 'label_table', 'clinical_scores', 'class_confusion',
-           'radeval_scores', 'optional_scores']
+           'label_scores', 'averages', 'label_table', 'clinical_scores', 'class_confusion', 'radeval_scores',
+           'optional_scores']
 
 # %% ../nbs/02b_clinical.ipynb #02b-002
 import hashlib
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from .encoder import check_source, load_exactly, read_tensors
-from .metrics import paired_texts
+from .metrics import paired_texts, resampled_sums
 
 # %% ../nbs/02b_clinical.ipynb #02b-010
 OBSERVATIONS = ("enlarged cardiomediastinum", "cardiomegaly", "lung opacity", "lung lesion", "edema", "consolidation", "pneumonia",
@@ -244,19 +244,6 @@ def averages(
     return {f"{score}_{average}": float(value) for score, row in zip(SCORES, table) for average, value in zip(AVERAGES, row)}
 
 # %% ../nbs/02b_clinical.ipynb #02b-074
-def resampled_scores(
-    statistics: np.ndarray, # (N, 3*C + 4), from `label_statistics`
-    resamples: int = 1000,  # how many draws of N studies
-    seed: int = 0,          # of the draws
-) -> np.ndarray:            # (resamples, 3, C + 3), as `label_scores`
-    "Score resampled studies."
-    n, rng, sums = len(statistics), np.random.default_rng(seed), []
-    for first in range(0, resamples, 500): # in parts, to spare memory
-        times = rng.multinomial(n, np.full(n, 1/n), size=min(500, resamples - first)) # (draws, N): how often each study is drawn
-        sums.append(times @ statistics)
-    return label_scores(np.concatenate(sums))
-
-# %% ../nbs/02b_clinical.ipynb #02b-075
 def label_table(
     truth: np.ndarray,      # (N, C) bool
     predicted: np.ndarray,  # (N, C) bool
@@ -272,12 +259,12 @@ def label_table(
     studies = len(statistics) * np.array([1]*len(names) + [len(names)]*len(AVERAGES))
     table = pd.DataFrame({"support": there, "predicted": said, "true_positive": correct, "false_positive": said - correct,
                           "false_negative": there - correct, "true_negative": studies - said - there + correct}, [*names, *AVERAGES]).astype(int)
-    draws = np.quantile(resampled_scores(statistics, resamples, seed), (.025, .975), axis=0) # (2, 3, C + 3)
+    draws = np.quantile(label_scores(resampled_sums(statistics, resamples, seed)), (.025, .975), axis=0) # (2, 3, C + 3)
     for i, score in enumerate(SCORES):
         table[score], table[f"{score}_low"], table[f"{score}_high"] = label_scores(statistics.sum(0))[i], *draws[:, i]
     return table
 
-# %% ../nbs/02b_clinical.ipynb #02b-082
+# %% ../nbs/02b_clinical.ipynb #02b-081
 def clinical_scores(
     truth: np.ndarray,     # (N, 14) places in `CLASSES`: labels of the references
     predicted: np.ndarray, # (N, 14): labels of the generated reports
@@ -294,7 +281,7 @@ def clinical_scores(
                      for average in AVERAGES for score in SCORES]
     return pd.DataFrame(rows, columns=["observations", "uncertain", "average", "metric", "score", "low", "high"])
 
-# %% ../nbs/02b_clinical.ipynb #02b-088
+# %% ../nbs/02b_clinical.ipynb #02b-087
 def class_confusion(
     truth: np.ndarray,     # (N, C) places in `CLASSES`: labels of the references
     predicted: np.ndarray, # (N, C): labels of the generated reports
@@ -305,7 +292,7 @@ def class_confusion(
     counts = [np.bincount(column, minlength=len(CLASSES)**2).reshape(len(CLASSES), -1) for column in pairs.T]
     return pd.DataFrame(np.concatenate(counts), pd.MultiIndex.from_product([names, CLASSES], names=["observation", "reference"]), CLASSES)
 
-# %% ../nbs/02b_clinical.ipynb #02b-099
+# %% ../nbs/02b_clinical.ipynb #02b-098
 OPTIONAL = {"bertscore": "higher", "radgraph": "higher", "ratescore": "higher", "srrbert": "higher", "temporal": "higher", "radcliq": "lower"} # which is better
 
 def radeval_scores(
@@ -319,7 +306,7 @@ def radeval_scores(
     with warnings.catch_warnings():            # it switches all warnings off
         return radeval.RadEval(metrics=[metric], show_progress=False)(refs=references, hyps=predictions)
 
-# %% ../nbs/02b_clinical.ipynb #02b-100
+# %% ../nbs/02b_clinical.ipynb #02b-099
 def optional_scores(
     predictions: dict | list, # {id: report}, or reports in the order of `references`
     references: dict | list,  # {id: report} or {id: [reports]}, or a list of either; of several the first counts

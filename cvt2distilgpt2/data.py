@@ -201,7 +201,7 @@ class ReportDataset(Dataset):
     ):
         self.transform, self.label, self.seed, self.draw = transform, label, seed, draw
         self.images, self.paths = ImageFolder(image_folder), TextLists.pack([s.image_path for s in studies])
-        self.reports = TextLists.pack([s.reports or (s.report,) for s in studies])
+        self.reports = TextLists.pack([s.references for s in studies])
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -276,7 +276,7 @@ def texts_of(
     studies: Iterable[Study],
 ) -> list[str]: # all references, as written
     "Return the reports of studies, each of several references as one."
-    return [report for s in studies for report in s.reports or (s.report,)]
+    return [report for s in studies for report in s.references]
 
 def _words(report: str, labels: Labels) -> list[str]:
     "Return the words of a report as `labels` counts them, before it cuts and replaces any."

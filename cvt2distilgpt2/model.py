@@ -23,16 +23,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import v2
 from transformers import AutoConfig, AutoModel, GenerationConfig, GenerationMixin, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import cached_file
 
-from .data import MEAN, STD, normalise
+from .data import MEAN, STD, normalise, transform_image
 from .decoder import DEMO_DECODER, decode_reports, decoder_config, load_decoder, load_tokenizer
-from .encoder import CVT_CONFIGS, CvT, CvTConfig, check_source, count_parameters, for_inference, load_cvt, load_exactly, prepared
+from .encoder import CVT_CONFIGS, CvT, CvTConfig, check_source, for_inference, load_cvt, load_exactly, prepared
 from .images import read_image
 from .search import Request, read_request, search_reports
 
@@ -114,9 +113,12 @@ class ReportImageProcessor(ImageProcessingMixin):
         self.resize, self.image_size, self.image_mean, self.image_std = resize, image_size, list(image_mean), list(image_std)
 
     def __call__(self, images: list[Image.Image], **kwargs) -> BatchFeature: # pixel_values (B, 3, image_size, image_size)
-        prepare = v2.Compose([v2.Resize(self.resize, v2.InterpolationMode.BILINEAR, antialias=True), v2.CenterCrop(self.image_size),
-            v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.image_mean, self.image_std)])
-        return BatchFeature({"pixel_values": torch.stack([prepare(image.convert("RGB")) for image in images])})
+        pixels = torch.stack([self.square(image.convert("RGB")) for image in images])
+        return BatchFeature({"pixel_values": normalise(pixels, self.image_mean, self.image_std)})
+
+    def square(self, image: Image.Image) -> Tensor: # (C, image_size, image_size) uint8
+        "Take what the encoder sees of an image, mode L or RGB."
+        return transform_image(image, self.resize, self.image_size, rotation=0, train=False)
 
 # %% ../nbs/01d_model.ipynb #01d-024
 def encoder_input(

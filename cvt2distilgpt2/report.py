@@ -13,7 +13,6 @@ import csv
 import glob
 import io
 import json
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .captions import COLUMNS, DELIMITERS, IMAGES
-from .data import ImageFolder, collate, same_channels, transform_image
+from .data import ImageFolder, collate, same_channels
 from .decoder import decode_reports
 from .images import open_image
 from .model import CvT2DistilGPT2, ReportImageProcessor
@@ -141,15 +140,14 @@ class Pictures(Dataset):
     "Read studies as the model sees them: pixels (V, C, H, W) uint8, or what is wrong, in words."
 
     def __init__(self, studies: list[Images], processor: ReportImageProcessor):
-        self.studies = studies
-        self.transform = partial(transform_image, resize=processor.resize, size=processor.image_size, rotation=0, train=False)
+        self.studies, self.square = studies, processor.square
 
     def __len__(self) -> int: return len(self.studies)
 
     def __getitem__(self, i: int) -> torch.Tensor | str:
         study = self.studies[i]
         if not study.paths: return "no image is named"
-        try: return torch.stack(same_channels([self.transform(_opener(study.folder)(p)) for p in study.paths]))
+        try: return torch.stack(same_channels([self.square(_opener(study.folder)(p)) for p in study.paths]))
         except Exception as e: return _in_words(e) # one bad file must not end the reading of thousands
 
 # %% ../nbs/05_report.ipynb #05-042

@@ -215,6 +215,11 @@ class Study:
     findings: tuple[dict, ...] | None = None # drawn or given labels
     extra: dict = field(default_factory=dict, compare=False) # fields of the file that we do not know
 
+    @property
+    def references(self) -> tuple[str, ...]: # one or several, as written
+        "Return all that is written about the study."
+        return self.reports or (self.report,)
+
 # %% ../nbs/00a_tasks.ipynb #00a-048
 @dataclass(frozen=True)
 class Problem:

@@ -1,5 +1,4 @@
 "CheXbert on any text and from any file, averages against scikit-learn's, intervals, and measures that can't be had."
-import json
 import os
 import sys
 import time
@@ -15,8 +14,8 @@ from sklearn.metrics import multilabel_confusion_matrix, precision_recall_fscore
 from transformers import BertConfig, BertModel
 
 from cvt2distilgpt2 import clinical
-from cvt2distilgpt2.clinical import AVERAGES, CLASSES, FIVE, OBSERVATIONS, SCORES, CheXbert, Labeller, averages, class_confusion, clinical_scores
-from cvt2distilgpt2.clinical import label_statistics, label_table, load_chexbert, load_vocabulary, optional_scores, positives, read_cache, read_chexbert
+from cvt2distilgpt2.clinical import AVERAGES, CLASSES, FIVE, OBSERVATIONS, SCORES, averages, class_confusion, clinical_scores
+from cvt2distilgpt2.clinical import label_table, load_chexbert, load_vocabulary, optional_scores, positives, read_cache, read_chexbert
 
 torch.set_num_threads(1)
 WORDS = ["the", "heart", "lungs", "are", "is", "normal", "clear", "no", "there", "small", "left", "effusion", "edema", "pneumo", "##thor", "##ax", ".", ",", "-", "1", "'"]

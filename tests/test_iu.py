@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import tarfile
@@ -246,7 +245,7 @@ def link(name: str, to: str, kind=tarfile.SYMTYPE) -> tarfile.TarInfo:
 
 def test_nothing_leaves_the_folder(tmp_path):
     "Links, paths upwards and absolute ones in an archive are listed, never followed."
-    root, (reports, pictures) = make_openi(tmp_path/"in"), openi_files()
+    root, (_, pictures) = make_openi(tmp_path/"in"), openi_files()
     secret = tmp_path/"secret.png"
     secret.write_bytes(b"secret")
     bad = {"../CXR90_IM-1-1.png": b"x", "/tmp/CXR91_IM-1-1.png": b"x", "CXR92_IM-1-1.png": link("CXR92_IM-1-1.png", str(secret)),

@@ -1,5 +1,4 @@
 "Reports of many images: each once, in order, through damage, kills and several processes; those of the model, whatever the images come as."
-import csv
 import json
 import multiprocessing
 import os
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
