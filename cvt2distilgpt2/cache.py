@@ -36,19 +36,17 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from .images import is_blank, open_image
+from .images import open_visible
 from .tasks import DataError, Problem, is_inside
 
 # %% ../nbs/00be_cache.ipynb #00be-008
 def shrink(
     image: Image.Image, # mode "L" or "RGB"
     side: int,          # pixels
-) -> Image.Image:       # its short side has at most `side` pixels; mode "L" where all channels are equal; no metadata
+) -> Image.Image:       # its short side has at most `side` pixels; the same mode; no metadata
     "Make of an image what training would make of it first."
     if min(image.size) > side: image = resize(image, [side])
-    pixels = np.asarray(image)
-    if image.mode == "RGB" and (pixels == pixels[..., :1]).all(): pixels = np.ascontiguousarray(pixels[..., 0])
-    return Image.fromarray(pixels)
+    return Image.fromarray(np.asarray(image))
 
 # %% ../nbs/00be_cache.ipynb #00be-013
 STORES = { # how: Pillow's format, its options, ending of the file
@@ -104,9 +102,8 @@ class Recipe:
 
 def _store_image(path: str, source: Path, recipe: Recipe) -> bytes | Problem:
     "Make of one original what the cache holds of it."
-    try: image = shrink(open_image(source/path, recipe.side if recipe.reduced else None), recipe.side)
+    try: image = shrink(open_visible(source/path, recipe.side if recipe.reduced else None), recipe.side)
     except DataError as e: return replace(e.problems[0], path=path)
-    if is_blank(image): return Problem("", path, "blank: it shows nothing", "Fetch it again, or remove it from the data set.")
     return encode(image, recipe.store)
 
 # %% ../nbs/00be_cache.ipynb #00be-024

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'DECODERS', 'JPEG', 'JPEG_2000', 'OPTIONAL', 'FRONTAL', 'LATERAL', 'scale_to_8_bit',
-           'to_8_bit', 'is_blank', 'BadImage', 'check_size', 'open_image', 'read_size', 'read_image', 'view_name',
-           'view_of']
+           'to_8_bit', 'is_blank', 'BadImage', 'check_size', 'open_image', 'open_visible', 'read_size', 'read_image',
+           'view_name', 'view_of']
 
 # %% ../nbs/00ba_images.ipynb #00ba-002
 import re
@@ -265,7 +265,17 @@ def open_image(
             if least_side: image.draft(image.mode, (least_side, least_side))
             return to_8_bit(image)
 
-# %% ../nbs/00ba_images.ipynb #00ba-045
+# %% ../nbs/00ba_images.ipynb #00ba-046
+def open_visible(
+    path: str | Path,              # of an image file
+    least_side: int | None = None, # as `open_image` takes it
+) -> Image.Image:                  # 8-bit, mode "L" (grey) or "RGB"
+    "Open an image of a data set; raises `DataError` as `open_image` does, and for one that shows nothing."
+    image = open_image(path, least_side)
+    if is_blank(image): raise DataError([Problem("", str(path), "blank: it shows nothing", "Fetch it again, or remove it from the data set.")])
+    return image
+
+# %% ../nbs/00ba_images.ipynb #00ba-047
 def read_size(
     path: str | Path, # of an image file
 ) -> tuple[int, int]: # width and height in pixels
@@ -278,7 +288,7 @@ def read_size(
             check_size(*image.size)
             return image.size
 
-# %% ../nbs/00ba_images.ipynb #00ba-058
+# %% ../nbs/00ba_images.ipynb #00ba-060
 def read_image(
     image: Image.Image | np.ndarray | str | Path, # picture, (H, W) or (H, W, 3) array, or path of an image file
 ) -> Image.Image:                                 # 8-bit, mode "L" or "RGB"
@@ -288,7 +298,7 @@ def read_image(
     if not isinstance(image, (str, Path)): raise TypeError(f"an image is a picture, an array or a path, not {type(image).__name__}")
     return open_image(image)
 
-# %% ../nbs/00ba_images.ipynb #00ba-062
+# %% ../nbs/00ba_images.ipynb #00ba-064
 FRONTAL = {"AP", "PA", "FRONTAL", "ANTEROPOSTERIOR", "POSTEROANTERIOR"}
 LATERAL = {"LL", "RL", "LAT", "LATERAL"}
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from . import phantom
 from .cache import ImageCache, build_cache, verify_cache
 from .captions import read_captions, read_folder, read_table
-from .images import open_image, read_size
+from .images import open_visible, read_size
 from .iu import download_openi, read_iu
 from .mimic import read_mimic
 from .tasks import (SPLITS, DataError, Problem, RawData, Study, Task, across_studies, by_split, get_task, open_task,
@@ -82,11 +82,11 @@ def check_images(
     studies: list[Study], # of all splits
     image_folder: Path,   # that their image paths are relative to
     decode: bool = True,  # decode every pixel, or (False) read only headers
-) -> list[Problem]:       # of all images that are missing, damaged or absurd in size
+) -> list[Problem]:       # of all images that are missing, damaged, absurd in size or (if decoded) blank
     "Look at every image."
     items = [(s.id, image_folder/p) for s in studies for p in s.image_path]
     with ThreadPool(2*(os.cpu_count() or 1)) as pool:
-        looked = pool.imap(partial(_image_problem, look=open_image if decode else read_size), items, chunksize=32)
+        looked = pool.imap(partial(_image_problem, look=open_visible if decode else read_size), items, chunksize=32)
         return [p for p in tqdm(looked, "checking images", len(items), unit=" images", leave=False) if p]
 
 # %% ../nbs/00c_prepare.ipynb #00c-019
@@ -193,28 +193,31 @@ def prepare(
     return settle(studies, problems, task.on_problem, project_root()/"runs"/task.name/"problems.csv")
 
 # %% ../nbs/00c_prepare.ipynb #00c-039
-LAYOUTS = { # what a folder holds: (what it is, which options have a meaning there)
-    "annotation.json": ("studies in the one form, such as Chen et al.'s, their images in images/ or beside", ()),
-    "*-split.csv*": ("MIMIC-CXR-JPG, as PhysioNet gives it", ("reports", "chen", "examples")),
-    "files/p[0-9][0-9]": ("MIMIC-CXR-JPG without its tables", ("reports", "chen", "examples")),
-    "NLMCXR_*": ("IU X-Ray, as Open-i gives it", ("chen",)),
-    "captions_*.json": ("captions in COCO's form, their images beside or in `originals`", ("originals",)),
-    "annotations/captions_*.json": ("the same, unpacked as COCO gives it", ("originals",)),
-    "*.csv": ("a table of images and texts", ("originals",)),
-    "**/*.txt": ("images with texts of the same name", ()),
+LAYOUTS = { # reader: what it reads; by which files a folder is known; which options have a meaning
+    "folder in the one form": ("studies as Chen et al. list them, their images in images/ or beside", ("annotation.json",), ()),
+    "MIMIC-CXR": ("MIMIC-CXR-JPG, as PhysioNet gives it", ("*-split.csv*", "files/p1[0-9]", "*/files/p1[0-9]", "p1[0-9]"), ("reports", "chen", "examples")),
+    "IU X-Ray": ("IU X-Ray, as Open-i gives it", ("NLMCXR_*", "ecgen-radiology"), ("chen",)),
+    "captions": ("captions in COCO's form, their images beside or in `originals`", ("captions_*.json", "annotations/captions_*.json"), ("originals",)),
+    "table": ("a table of images and texts", ("*.csv", "*.tsv"), ("originals",)),
+    "folder": ("images with texts of the same name", ("**/*.txt",), ()),
 }
 
-def _layout(source: Path) -> str:
-    "Return the pattern of `LAYOUTS` that `source` shows; raises `FileNotFoundError`, and `ValueError` for what was prepared already."
+def _layout(source: Path) -> tuple[str, list[Path]]:
+    "Tell which of `LAYOUTS` `source` is in, by which files; raises `FileNotFoundError`, and `ValueError` for what was prepared already."
     if not source.exists(): raise FileNotFoundError(f"source {source} does not exist")
     if (source/"prepared.json").exists(): raise ValueError(f"{source} is prepared already: name it as --task")
-    if source.is_file(): found = {".json": "captions_*.json", ".csv": "*.csv", ".tsv": "*.csv"}.get(source.suffix.lower(), "")
-    else: found = next((p for p in LAYOUTS if next(source.glob(p), None)), "")
-    known = "\n".join(f"  {p:16} {what}" for p, (what, _) in LAYOUTS.items())
+    if source.is_file(): found = {".json": "captions", ".csv": "table", ".tsv": "table"}.get(source.suffix.lower())
+    else: found = next((layout for layout, (_, patterns, _) in LAYOUTS.items() if any(next(source.glob(p), None) for p in patterns)), None)
+    known = "\n".join(f"  {what}, known by {' or '.join(patterns)}" for what, patterns, _ in LAYOUTS.values())
     if not found: raise FileNotFoundError(f"{source} is nothing that can be read here. Known are:\n{known}")
-    return found
+    return found, [source] if source.is_file() else sorted(f for p in LAYOUTS[found][1] for f in source.glob(p))
 
 # %% ../nbs/00c_prepare.ipynb #00c-040
+def _only(tables: list[Path]) -> Path:
+    "Return the one table; raises `ValueError` if there are several."
+    if len(tables) > 1: raise ValueError(f"there are {len(tables)} tables: name the one that is meant, such as {tables[0]}")
+    return tables[0]
+
 def read_source(
     source: Path,                   # a folder or a file in one of `LAYOUTS`
     originals: Path | None = None,  # the folder that image paths count from, where it is not the source's own
@@ -222,17 +225,15 @@ def read_source(
     chen: Path | None = None,       # Chen et al.'s `annotation.json`: take exactly its studies and its split
     examples: str = "image",        # of MIMIC-CXR: "image" (as published) or "study", with all its views
 ) -> RawData:
-    "Read `source` with the reader of its layout; raises `FileNotFoundError` if it has none that is known, `ValueError` for an option without meaning there, and what the reader raises."
-    layout = _layout(source)
-    what, meant = LAYOUTS[layout]
+    "Read `source` with the reader of its layout; raises `FileNotFoundError` if none is known, `ValueError` for an option without meaning, and what the reader raises."
+    layout, found = _layout(source)
+    what, _, meant = LAYOUTS[layout]
     given = dict(originals=originals, reports=reports, chen=chen, examples=None if examples == "image" else examples)
     if wrong := [n for n, v in given.items() if v and n not in meant]: raise ValueError(f"{' and '.join(wrong)} mean nothing for {source}: {what}")
-    if layout in ("*-split.csv*", "files/p[0-9][0-9]"): return read_mimic(source, reports, examples, chen)
-    if layout == "NLMCXR_*": return read_iu(source, chen)
-    found, folder = ([source], source.parent) if source.is_file() else (sorted(source.glob(layout)), source)
-    if layout.endswith("captions_*.json"): return read_captions(found, originals or folder)
-    if layout == "*.csv" and len(found) > 1: raise ValueError(f"{source} holds {len(found)} tables: name the one that is meant, such as {found[0]}")
-    if layout == "*.csv": return read_table(found[0], originals)
+    if layout == "MIMIC-CXR": return read_mimic(source, reports, examples, chen)
+    if layout == "IU X-Ray": return read_iu(source, chen)
+    if layout == "captions": return read_captions(found, originals or (source.parent if source.is_file() else source))
+    if layout == "table": return read_table(_only(found), originals)
     return read_folder(source)
 
 # %% ../nbs/00c_prepare.ipynb #00c-046
@@ -347,9 +348,9 @@ def main(
     task, given = task_arguments(argv, SOURCE + STORE, ("reduced", "download", "verify"))
     source, store = {n: given[n] for n in SOURCE}, {n: given[n] for n in (*STORE, "reduced")}
     try:
-        if given["download"]: download_openi(Path(given["source"] or project_root()/"data"/"openi"))
+        if given["download"]: source["source"] = download_openi(source["source"] or project_root()/"data"/"openi")
         if given["verify"]: return print(f"{task.name}: " + ", ".join(f"{n:,} {what}" for what, n in verify(task).items()) + " are whole")
-        studies = _build_from(task, source, store) if given["source"] else prepare(task)
+        studies = _build_from(task, source, store) if source["source"] else prepare(task)
     except (DataError, OSError, ValueError) as e: sys.exit(str(e))
     print(f"{task.name}: " + ", ".join(f"{len(s):,} {split}" for split, s in studies.items()) + " studies")
 

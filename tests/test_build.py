@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from cvt2distilgpt2.cache import ImageCache
 from cvt2distilgpt2.data import ReportDataset, image_transform
 from cvt2distilgpt2.images import open_image
 from cvt2distilgpt2.prepare import build, main, prepare, read_source, verify
-from cvt2distilgpt2.tasks import DataError, get_task
+from cvt2distilgpt2.tasks import DataError, get_task, read_annotation
 from torchvision.transforms import v2
 from trees import make_iu, make_mimic_jpg, make_openi
 
@@ -165,7 +164,7 @@ def test_broken_inputs_where_they_lie(tmp_path):
     with pytest.raises(DataError): prepare(task)
     kept = [s for v in prepare(replace(task, on_problem="skip")).values() for s in v]
     assert everything(tmp_path/"raw") == before and kept
-    must = {name for _, name, damage, must in truth if must and damage != "blank"} # a blank picture is told when pixels are kept
+    must = {name for _, name, _, must in truth if must}
     assert not must & {s.id for s in kept}
     loaded = ReportDataset(kept, task.image_folder, image_transform(task, train=False))
     assert len([loaded[i] for i in range(len(kept))]) == len(kept)
@@ -234,6 +233,15 @@ def test_what_is_made_says_what_it_is_made_of(tmp_path, capsys):
     assert "12 studies, 12 images are whole" in capsys.readouterr().out
 
 
+def test_what_was_downloaded_is_prepared(tmp_path, monkeypatch, capsys):
+    "Without a source, Open-i's files go to data/openi and are read from there."
+    monkeypatch.setenv("CVT2DISTILGPT2_HOME", str(tmp_path))
+    monkeypatch.setattr("cvt2distilgpt2.prepare.download_openi", make_openi)
+    main(["--task", "iu_x_ray", "--download", "--resize", str(SIDE), "--image_size", str(SIDE - 8)])
+    assert "iu_x_ray: " in capsys.readouterr().out and (tmp_path/"data"/"openi").is_dir()
+    assert sum(map(len, read_annotation(tmp_path/"data"/"iu_x_ray"/"annotation.json").values())) == 7
+
+
 def test_the_task_that_was_made_is_not_made_of_itself(tmp_path):
     source = table(tmp_path/"raw", 4)
     build(read_source(source), new_task(tmp_path/"made"))
@@ -292,9 +300,29 @@ def openi_with_chen(folder):
     return Path(make_iu(folder)["annotation"]).parent
 
 
-LAYOUTS = { # how a source is written -> its path, and how many studies it has
-    "mimic": lambda f: make_mimic_jpg(f)["root"], "openi": lambda f: make_openi(f), "chen": openi_with_chen,
-    "table": lambda f: table(f, 8), "folder of a table": lambda f: table(f, 8).parent,
+def coco(folder):
+    "Write captions as COCO's archives unpack, two an image."
+    for number, split in enumerate(("train2017", "val2017", "test2017")):
+        pictures = [p.rename(folder/split/p.name) for p in sorted(table(folder/split/"made", 4, seed=len(split)).parent.glob("*.png"))]
+        ids = range(4*number, 4*number + 4)
+        captions = [dict(id=2*i + k, image_id=i, caption=f"Caption {k} of {i}.") for i in ids for k in range(2)]
+        (folder/"annotations").mkdir(exist_ok=True)
+        (folder/"annotations"/f"captions_{split}.json").write_text(json.dumps(dict(images=[dict(id=i, file_name=p.name) for i, p in zip(ids, pictures)], annotations=captions)))
+    return folder
+
+
+def unpacked_openi(folder):
+    "Unpack both of Open-i's archives into one folder, as `tar` does."
+    make_openi(folder, packed=False)
+    for p in (folder/"NLMCXR_png").iterdir(): p.rename(folder/p.name)
+    (folder/"NLMCXR_png").rmdir()
+    return folder
+
+
+LAYOUTS = { # how a source is written -> its path
+    "mimic": lambda f: make_mimic_jpg(f)["root"], "folder above mimic": lambda f: Path(make_mimic_jpg(f)["root"]).parent,
+    "files of mimic": lambda f: Path(make_mimic_jpg(f)["root"])/"files", "openi": make_openi, "openi unpacked": unpacked_openi,
+    "chen": openi_with_chen, "table": lambda f: table(f, 8), "folder of a table": lambda f: table(f, 8).parent, "coco": coco,
 }
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from cvt2distilgpt2 import cache as module
 from cvt2distilgpt2.cache import INDEX, STORES, ImageCache, Recipe, Texts, _write_index, build_cache, decode, encode, verify_cache
-from cvt2distilgpt2.data import ImageFolder, ReportDataset, collate, image_transform, random_numbers_of, transform_image
+from cvt2distilgpt2.data import ReportDataset, collate, image_transform, random_numbers_of, transform_image
 from cvt2distilgpt2.images import open_image
 from cvt2distilgpt2.tasks import DataError, Study, get_task
 
@@ -228,15 +228,15 @@ def test_estimate_is_near(tmp_path):
 def test_killed_worker_is_an_error(originals, tmp_path, monkeypatch):
     source, paths = originals
     build_cache(paths, tmp_path/"cache", source, side=32, processes=1) # made otherwise, to be made anew
-    real = module.open_image
+    real = module.open_visible
     def fatal(path, side=None):
         if Path(path).name.startswith("010") and (tmp_path/"cache"/"00001.json").exists(): os.kill(os.getpid(), signal.SIGKILL)
         return real(path, side)
-    monkeypatch.setattr(module, "open_image", fatal)
+    monkeypatch.setattr(module, "open_visible", fatal)
     args = dict(folder=tmp_path/"cache", source=source, side=64, shard_size=5, processes=2)
     with pytest.raises(OSError, match="worker process was killed"): build_cache(paths, **args)
     assert not ImageCache.is_in(tmp_path/"cache") # half of one kind, half of the other
-    monkeypatch.setattr(module, "open_image", real)
+    monkeypatch.setattr(module, "open_visible", real)
     assert build_cache(paths, **args) == [] and verify_cache(tmp_path/"cache", source, processes=1) == []
 
 

@@ -13,7 +13,8 @@ from test_images import BROKEN, KINDS
 from threadpoolctl import threadpool_info
 from trees import make_iu, make_mimic
 
-from cvt2distilgpt2.prepare import _map_processes, check_images, draw_demo, open_image, prepare, read_size, task_arguments
+from cvt2distilgpt2.images import open_image
+from cvt2distilgpt2.prepare import _map_processes, check_images, draw_demo, prepare, read_size, task_arguments
 from cvt2distilgpt2.tasks import DataError, Study, get_task, read_annotation
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
