@@ -18,7 +18,7 @@ import secrets
 import shutil
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -42,7 +42,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils.notebook import NotebookProgressCallback, text_to_html_table
 
 # %% ../nbs/03_train.ipynb #03-006
-from .data import Labels, ReportDataset, collate, image_transform, make_labels
+from .data import Labels, ReportDataset, collate, image_transform, make_labels, texts_of
 from .decoder import decode_reports, tokenize_reports, train_tokenizer
 from .metrics import nlg_scores
 from .model import CvT2DistilGPT2, CvT2DistilGPT2Config, ReportImageProcessor, encoder_input
@@ -55,22 +55,22 @@ def processes() -> PartialState: # who of how many this process is, and its devi
     "Join the processes that train together."
     return PartialState(cpu=not torch.accelerator.is_available())
 
-# %% ../nbs/03_train.ipynb #03-r02
+# %% ../nbs/03_train.ipynb #03-019
 def task_labels(
     task: Task,
     train: list[Study], # the training studies
 ) -> Labels:
     "Make the labels of `task` from all that is written about its training studies."
-    return make_labels(task, [r for s in train for r in s.reports or (s.report,)])
+    return make_labels(task, texts_of(train))
 
 def references_of(
     studies: list[Study],
     label: Labels,
 ) -> list[list[str]]: # for each study its label, or several
     "Return what reports are scored against."
-    return [[label(r) for r in s.reports or (s.report,)] for s in studies]
+    return [[label(r) for r in s.references] for s in studies]
 
-# %% ../nbs/03_train.ipynb #03-019
+# %% ../nbs/03_train.ipynb #03-024
 def load_model(
     checkpoint: str | Path,          # a run, a saved model's folder or hub name, or the released .ckpt
     tokenizer: str = "distilgpt2",   # for a .ckpt, which carries none: hub name or folder
@@ -83,7 +83,7 @@ def load_model(
         raise FileNotFoundError(f"{path} holds no model: neither model/ (of a finished run) nor model.safetensors (of a saved model)")
     return CvT2DistilGPT2.from_pretrained(path if path.is_dir() else str(checkpoint))
 
-# %% ../nbs/03_train.ipynb #03-020
+# %% ../nbs/03_train.ipynb #03-025
 def make_model(
     task: Task,
     reports: list[str],              # labels of the training split; a small model makes its tokenizer of them
@@ -103,7 +103,7 @@ def make_model(
     model.generation_config.max_length = task.max_length
     return model
 
-# %% ../nbs/03_train.ipynb #03-024
+# %% ../nbs/03_train.ipynb #03-029
 def make_optimizer(
     model: CvT2DistilGPT2,
     task: Task,
@@ -115,7 +115,7 @@ def make_optimizer(
     groups = [dict(params=encoder, lr=task.encoder_lr), dict(params=rest, lr=task.lr)]
     return torch.optim.AdamW(groups, lr=task.lr, weight_decay=task.weight_decay, fused=True)
 
-# %% ../nbs/03_train.ipynb #03-028
+# %% ../nbs/03_train.ipynb #03-033
 def _batch_plan(task: Task, devices: int) -> dict:
     "Split the batch over devices and accumulation steps; raises `ValueError` if it does not go."
     each = min(task.device_batch, max(1, task.batch_size // devices))
@@ -142,7 +142,7 @@ def training_arguments(
         dataloader_num_workers=task.workers, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False,
         use_cpu=not torch.accelerator.is_available())
 
-# %% ../nbs/03_train.ipynb #03-033
+# %% ../nbs/03_train.ipynb #03-038
 def make_dataset(
     task: Task,
     studies: list[Study],
@@ -164,7 +164,7 @@ def decode(
     "Turn tokens into reports."
     return decode_reports(model.tokenizer, np.where(tokens < 0, model.config.pad_token_id, tokens)[:n])
 
-# %% ../nbs/03_train.ipynb #03-034
+# %% ../nbs/03_train.ipynb #03-039
 def write_predictions(
     path: Path,
     studies: list[Study],
@@ -177,7 +177,7 @@ def write_predictions(
     table.to_csv(path, index=False)
     return path
 
-# %% ../nbs/03_train.ipynb #03-039
+# %% ../nbs/03_train.ipynb #03-044
 class FindingClassifier(nn.Module):
     "Name the findings of a study from the mean and the maximum of its visual tokens."
 
@@ -197,7 +197,7 @@ def finding_targets(
     drawn = [{f["type"] for f in s.findings} for s in studies]
     return torch.tensor([[float(t in d) for t in FINDINGS] for d in drawn])
 
-# %% ../nbs/03_train.ipynb #03-043
+# %% ../nbs/03_train.ipynb #03-048
 def _fit(module: nn.Module, task: Task, dataset: ReportDataset, loader: DataLoader, loss) -> list[float]: # mean loss of each epoch
     "Minimise `loss(batch)` over `module` for `task.warm_start` epochs at `task.lr`."
     steps, losses = task.warm_start*len(loader), []
@@ -216,7 +216,7 @@ def _fit(module: nn.Module, task: Task, dataset: ReportDataset, loader: DataLoad
         losses.append(float(np.mean([step(batch) for batch in loader])))
     return losses
 
-# %% ../nbs/03_train.ipynb #03-044
+# %% ../nbs/03_train.ipynb #03-049
 def warm_start(
     model: CvT2DistilGPT2,  # its encoder is trained in place
     task: Task,             # `warm_start` epochs at `lr`, in batches of `batch_size`
@@ -233,7 +233,7 @@ def warm_start(
     loader = DataLoader(range(len(dataset)), task.batch_size, shuffle=True, drop_last=True, num_workers=task.workers, collate_fn=batches)
     return _fit(classifier, task, dataset, loader, loss)
 
-# %% ../nbs/03_train.ipynb #03-047
+# %% ../nbs/03_train.ipynb #03-052
 def has_drawn_findings(
     studies: list[Study],
 ) -> bool: # whether every study's findings are known and are phantoms'
@@ -252,7 +252,7 @@ def validation_scores(
         scores["finding_f1"] = finding_scores(generated, drawn).loc["micro", "f1"]
     return {n: float(v) for n, v in scores.items()}
 
-# %% ../nbs/03_train.ipynb #03-051
+# %% ../nbs/03_train.ipynb #03-056
 class TrainingTable(NotebookProgressCallback):
     "Show progress in a notebook, and leave the table without the bar."
 
@@ -270,7 +270,7 @@ class NextCrops(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.dataset.set_epoch(round(state.epoch))
 
-# %% ../nbs/03_train.ipynb #03-052
+# %% ../nbs/03_train.ipynb #03-057
 def make_trainer(
     model: CvT2DistilGPT2,
     task: Task,
@@ -291,7 +291,7 @@ def make_trainer(
     if trainer.pop_callback(NotebookProgressCallback): trainer.add_callback(TrainingTable())
     return trainer
 
-# %% ../nbs/03_train.ipynb #03-055
+# %% ../nbs/03_train.ipynb #03-060
 def run_folder(
     task: Task,
     run: str | None = None, # name of the run; None: made from the date
@@ -313,7 +313,7 @@ def run_folder(
     processes().wait_for_everyone()
     return folder
 
-# %% ../nbs/03_train.ipynb #03-056
+# %% ../nbs/03_train.ipynb #03-061
 def latest_run(
     task: Task,
 ) -> Path: # its folder
@@ -323,7 +323,7 @@ def latest_run(
         raise FileNotFoundError(f"no finished run in {runs}; make one: papermill nbs/03_train.ipynb out.ipynb -p task {task.name}")
     return runs/(runs/"latest").read_text().strip()
 
-# %% ../nbs/03_train.ipynb #03-058
+# %% ../nbs/03_train.ipynb #03-063
 def _code_version() -> str:
     "Return the package's version and, in a checkout, the commit and whether files differ from it."
     git = partial(subprocess.run, cwd=Path(cvt2distilgpt2.__file__).parent, capture_output=True, text=True)
@@ -337,7 +337,7 @@ def _processor() -> str:
     try: return next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
-# %% ../nbs/03_train.ipynb #03-059
+# %% ../nbs/03_train.ipynb #03-064
 def run_facts(
     task: Task,
     studies: dict[str, list[Study]],
@@ -351,7 +351,7 @@ def run_facts(
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
         hardware=dict(processor=_processor(), cores=os.cpu_count(), gpus=gpus, processes=processes().num_processes))
 
-# %% ../nbs/03_train.ipynb #03-063
+# %% ../nbs/03_train.ipynb #03-068
 LIMITS = ["Not for clinical use: reports are generated; they can be fluent and wrong.",
           "Scores on one data set say little about another hospital's images.",
           "Overlap scores such as CIDEr hardly notice a wrong finding."]
@@ -369,7 +369,7 @@ def _finish(folder: Path, task: Task, studies: dict, trainer: Seq2SeqTrainer, sc
     (folder.parent/"latest").write_text(folder.name)
     shutil.rmtree(folder/"checkpoints", ignore_errors=True) # the best of them is model/
 
-# %% ../nbs/03_train.ipynb #03-064
+# %% ../nbs/03_train.ipynb #03-069
 def training_studies(
     task: Task,
 ) -> dict[str, list[Study]]: # of "train" and "val"; the test split is not for training
@@ -387,7 +387,7 @@ def last_checkpoint(folder: Path) -> str | None:
     whole = [p.parent for p in folder.glob("checkpoints/checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
 
-# %% ../nbs/03_train.ipynb #03-065
+# %% ../nbs/03_train.ipynb #03-070
 def train(
     task: Task,
     run: str | None = None,         # name of the run; None: made from the date
@@ -411,7 +411,7 @@ def train(
     processes().wait_for_everyone()
     return folder
 
-# %% ../nbs/03_train.ipynb #03-075
+# %% ../nbs/03_train.ipynb #03-080
 def main(argv: list[str] | None = None) -> Path:
     "Train from the command line: `python -m cvt2distilgpt2.train --task NAME [--run NAME] [--init PATH] [--field value]`; torchrun needs `-m -- cvt2distilgpt2.train`."
     task, extra = task_arguments(argv, extra=("run", "init"))
