@@ -1,7 +1,6 @@
 "Every notebook runs from top to bottom; the task notebooks run by papermill, small, and refuse bad input at once."
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
