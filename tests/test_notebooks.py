@@ -81,7 +81,7 @@ def broken(tmp_path_factory) -> Path:
     top = tmp_path_factory.mktemp("broken")
     for name in ("damaged", "missing"):
         (top/name/"images").mkdir(parents=True)
-        for i in "abc": Image.new("L", (64, 64), 100).save(top/name/"images"/f"{i}.png")
+        for i in "abc": Image.linear_gradient("L").resize((64, 64)).save(top/name/"images"/f"{i}.png")
         write_annotation([Study(i, "Lungs are clear.", (f"{i}.png",), s) for i, s in zip("abc", ("train", "val", "test"))], top/name/"annotation.json")
     (top/"damaged"/"images"/"b.png").write_bytes((top/"damaged"/"images"/"b.png").read_bytes()[:60])
     (top/"missing"/"images"/"c.png").unlink()
