@@ -6,14 +6,16 @@
 __all__ = ['PROTOCOLS', 'AS_GIVEN', 'BLEU_STATISTICS', 'ROUGE_BETA', 'CIDER_SIGMA', 'METEOR_STAGES', 'METEOR_STATISTICS',
            'METEOR_WEIGHTS', 'METEOR_ALPHA', 'METEOR_BETA', 'METEOR_GAMMA', 'METEOR_DELTA', 'METRICS', 'FAMILIES',
            'SOURCES', 'SCORES', 'CHEN', 'R2GEN', 'UNKNOWN', 'EXAMPLE', 'PUBLISHED', 'scored_text', 'JavaError',
-           'java_command', 'ptb_texts', 'Protocol', 'scored_texts', 'make_protocol', 'paired_texts', 'bleu_statistics',
-           'bleu_score', 'rouge_l_statistics', 'mean_score', 'ngram_counts', 'cider_statistics', 'meteor_command',
-           'MeteorError', 'Meteor', 'meteor_score', 'report_statistics', 'corpus_scores', 'per_report', 'nlg_scores',
-           'score_protocols', 'most_frequent_reports', 'constant_report', 'shuffled', 'shuffled_scores', 'diversity',
-           'resampled_sums', 'bootstrap_interval', 'exchanged_differences', 'paired_comparison', 'over_seeds',
-           'published']
+           'java_command', 'ptb_texts', 'Protocol', 'scored_texts', 'make_protocol', 'paired_texts', 'read_table',
+           'read_predictions', 'bleu_statistics', 'bleu_score', 'rouge_l_statistics', 'mean_score', 'ngram_counts',
+           'cider_statistics', 'meteor_command', 'MeteorError', 'Meteor', 'meteor_score', 'report_statistics',
+           'corpus_scores', 'per_report', 'nlg_scores', 'score_protocols', 'most_frequent_reports', 'constant_report',
+           'shuffled', 'shuffled_scores', 'diversity', 'resampled_sums', 'bootstrap_interval', 'exchanged_differences',
+           'paired_comparison', 'compare_systems', 'over_seeds', 'published']
 
 # %% ../nbs/02a_metrics.ipynb #02a-002
+import csv
+import io
 import queue
 import re
 import shutil
@@ -150,6 +152,63 @@ def paired_texts(
     return list(predictions), texts, [[next(written) for _ in r] for r in references.values()]
 
 # %% ../nbs/02a_metrics.ipynb #02a-033
+def read_table(
+    path: str | Path, # a CSV file
+) -> list[tuple[int, list[str]]]: # line in the file, fields; the header first, blank lines left out
+    "Read a CSV file as text; raises `FileNotFoundError`, or `ValueError` that says where it is damaged."
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"{path} does not exist, or is not a file")
+    try: text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 (byte {e.start}). Save it as UTF-8.") from None
+    reader, rows, line = csv.reader(io.StringIO(text, newline=""), strict=True), [], 1
+    try:
+        for row in reader:
+            if row: rows.append((line, row))
+            line = reader.line_num + 1 # where the next row begins
+    except csv.Error as e: raise ValueError(f"{path}, from line {line}: not CSV ({e}). Put reports in double quotes, and double the quotes within them.") from None
+    if not rows: raise ValueError(f"{path} is empty. It needs a header and a line for each test study.")
+    return rows
+
+# %% ../nbs/02a_metrics.ipynb #02a-034
+def _kind(what: str, found: list[str], mend: str, limit: int = 10) -> list[str]:
+    "Say how many problems of one kind there are, the first `limit` of them, and the mend; nothing if there are none."
+    more = f" and {len(found) - limit} more" if len(found) > limit else ""
+    return [f"{what}, {len(found)}: {', '.join(found[:limit])}{more}. {mend}"] if found else []
+
+def _columns(path: str | Path, header: list[str], wanted: tuple[str, ...]) -> list[int]:
+    "Find the wanted columns; raises `ValueError` that lists those there are."
+    there = ", ".join(map(repr, header))
+    for name in wanted:
+        if name not in header: raise ValueError(f"{path} has no column {name!r}; there are: {there}. Say which is meant by id_column and report_column.")
+        if header.count(name) > 1: raise ValueError(f"{path} has {header.count(name)} columns {name!r}: {there}. Rename all but one.")
+    return [header.index(name) for name in wanted]
+
+# %% ../nbs/02a_metrics.ipynb #02a-035
+def read_predictions(
+    path: str | Path,    # a CSV file
+    ids: list[str],      # of the test studies
+    id_column: str = "id",
+    report_column: str = "generated",
+    empty: bool = False, # whether a report may be empty: a model may write nothing, a file of someone's rather lost it
+) -> dict[str, str]:     # id: report, in the order of `ids`
+    "Read a report for each test study; raises as `read_table`, and `ValueError` that lists all that does not fit."
+    (_, header), *rows = read_table(path)
+    places, width, lines, texts = _columns(path, header, (id_column, report_column)), len(header), {}, {}
+    for line, row in rows:
+        if len(row) != width: continue
+        i, text = (row[place] for place in places)
+        lines[i], texts[i] = [*lines.get(i, []), line], text
+    at, known = lambda i: f"{i!r} (line {', '.join(map(str, lines[i]))})", set(ids)
+    wrong = [f"line {line} ({len(row)})" for line, row in rows if len(row) != width]
+    problems = _kind(f"rows without just {width} fields", wrong, "Put reports with commas or line breaks in double quotes.")
+    problems += _kind("ids that occur more than once", [at(i) for i in texts if len(lines[i]) > 1], "Keep one report a study.")
+    if not empty: problems += _kind("empty reports", [at(i) for i in texts if not texts[i].strip()], "Fill them in; a system that wrote nothing may be given a full stop.")
+    problems += _kind("test studies without a report", [repr(i) for i in ids if i not in texts], "Add them: a score over a part is not the score.")
+    problems += _kind("ids that are no test studies", [at(i) for i in texts if i not in known], "Remove them; ids are compared as text, and n_test leaves out studies.")
+    if problems: raise ValueError(f"{path} does not fit the {len(ids)} test studies, so nothing was scored:\n  " + "\n  ".join(problems))
+    return {i: texts[i] for i in ids}
+
+# %% ../nbs/02a_metrics.ipynb #02a-041
 BLEU_STATISTICS = ("length", "reference_length", *(f"guess_{n}" for n in range(1, 5)), *(f"correct_{n}" for n in range(1, 5)))
 
 def bleu_statistics(
@@ -164,7 +223,7 @@ def bleu_statistics(
         rows.append([counts["testlen"], nearest, *counts["guess"], *counts["correct"]])
     return np.array(rows, float).reshape(-1, 10)
 
-# %% ../nbs/02a_metrics.ipynb #02a-036
+# %% ../nbs/02a_metrics.ipynb #02a-044
 def bleu_score(
     sums: np.ndarray, # (..., 10) statistics of one report, or sums over many
 ) -> np.ndarray:      # (..., 4) BLEU-1 to BLEU-4, in 0..1
@@ -175,7 +234,7 @@ def bleu_score(
     brevity = np.exp(np.minimum(0, 1 - 1/ratio)) # 1 where the text is no shorter than its reference
     return np.cumprod(precision, axis=-1) ** (1/np.arange(1, 5)) * brevity[..., None]
 
-# %% ../nbs/02a_metrics.ipynb #02a-041
+# %% ../nbs/02a_metrics.ipynb #02a-049
 ROUGE_BETA = 1.2 # how much more recall counts
 
 def _common(a: list[str], b: list[str]) -> int:
@@ -195,7 +254,7 @@ def _rouge_l(text: str, references: list[str]) -> float:
     precision, recall = max(common) / len(words), max(c / len(others) for c, others in zip(common, sets))
     return (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision) if precision else 0.0
 
-# %% ../nbs/02a_metrics.ipynb #02a-042
+# %% ../nbs/02a_metrics.ipynb #02a-050
 def rouge_l_statistics(
     texts: list[str],            # n generated reports, as scored
     references: list[list[str]], # n lists of references
@@ -209,7 +268,7 @@ def mean_score(
     "Compute a mean from its sums."
     return sums[..., :1] / sums[..., 1:]
 
-# %% ../nbs/02a_metrics.ipynb #02a-047
+# %% ../nbs/02a_metrics.ipynb #02a-055
 def ngram_counts(
     texts: list[str],
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]: # for n of 1 to 4: text, n-gram (both by number), how often; sorted
@@ -226,7 +285,7 @@ def ngram_counts(
         tables.append((both // kinds, both % kinds, counts))
     return tables
 
-# %% ../nbs/02a_metrics.ipynb #02a-050
+# %% ../nbs/02a_metrics.ipynb #02a-058
 CIDER_SIGMA = 6.0 # n-grams of difference in length that are forgiven
 
 def _similarity(
@@ -249,7 +308,7 @@ def _similarity(
     norms = norm[owner] * norm[n:]
     return product / np.where(norms > 0, norms, 1) # without weights there is no product either
 
-# %% ../nbs/02a_metrics.ipynb #02a-051
+# %% ../nbs/02a_metrics.ipynb #02a-059
 def cider_statistics(
     texts: list[str],            # n generated reports, as scored
     references: list[list[str]], # n lists of references; the idf comes from all of them
@@ -263,7 +322,7 @@ def cider_statistics(
     similarity = np.mean([_similarity(table, owner, n) for table in tables], axis=0) * penalty
     return np.stack([10 * np.bincount(owner, similarity, minlength=n) / several, np.ones(n)], axis=1)
 
-# %% ../nbs/02a_metrics.ipynb #02a-057
+# %% ../nbs/02a_metrics.ipynb #02a-065
 def meteor_command() -> list[str]: # the command line that runs METEOR on standard input and output
     "Find Java and METEOR's jar; raises `FileNotFoundError` that says what is missing."
     jar = Path(coco_meteor.__file__).with_name(coco_meteor.METEOR_JAR)
@@ -271,7 +330,7 @@ def meteor_command() -> list[str]: # the command line that runs METEOR on standa
     java = java_command(jar, paraphrases)
     return [java, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm", "-a", str(paraphrases)]
 
-# %% ../nbs/02a_metrics.ipynb #02a-060
+# %% ../nbs/02a_metrics.ipynb #02a-068
 class MeteorError(JavaError):
     "Says that METEOR's Java process died, hangs, or answered nonsense."
 
@@ -292,7 +351,7 @@ def _beside(function, *args) -> threading.Thread:
     thread.start()
     return thread
 
-# %% ../nbs/02a_metrics.ipynb #02a-061
+# %% ../nbs/02a_metrics.ipynb #02a-069
 def _start(command: list[str]) -> subprocess.Popen:
     "Start `command`; its replies go to `process.replies`, its complaints to `process.log`."
     log = tempfile.TemporaryFile()
@@ -310,7 +369,7 @@ def _stop(process: subprocess.Popen) -> None:
     for stream in (process.stdin, process.stdout, process.log):
         with suppress(OSError): stream.close()
 
-# %% ../nbs/02a_metrics.ipynb #02a-062
+# %% ../nbs/02a_metrics.ipynb #02a-070
 def _reply(process: subprocess.Popen, timeout: float) -> str:
     "Return the next line that `process` answers; raises `MeteorError` if it ended, or after `timeout` seconds."
     try: line = process.replies.get(timeout=timeout)
@@ -330,7 +389,7 @@ def _ask(process: subprocess.Popen, lines: list[str], n: int, timeout: float, re
         _stop(process)
         raise
 
-# %% ../nbs/02a_metrics.ipynb #02a-064
+# %% ../nbs/02a_metrics.ipynb #02a-072
 METEOR_STAGES = ("exact", "stem", "synonym", "paraphrase") # how two words can match; in this order in METEOR's output
 METEOR_STATISTICS = ("length", "reference_length", "function_words", "reference_function_words",
                      *(f"{side}{stage}_{kind}" for stage in METEOR_STAGES for kind in ("content", "function") for side in ("", "reference_")),
@@ -347,14 +406,14 @@ def _meteor_numbers(reply: str) -> list[float]:
         with suppress(ValueError): return [float(number) for number in numbers]
     raise MeteorError(f"METEOR answered {reply[:200]!r}, not {len(METEOR_STATISTICS)} numbers")
 
-# %% ../nbs/02a_metrics.ipynb #02a-066
+# %% ../nbs/02a_metrics.ipynb #02a-074
 def _spare_whole(statistics: np.ndarray) -> np.ndarray: # (n, 23)
     "Set to 0 the chunk of each report that is equal to its reference."
     table = pd.DataFrame(statistics, columns=METEOR_STATISTICS)
     whole = (table.matches == table.length) & (table.reference_matches == table.reference_length) & (table.chunks == 1)
     return table.assign(chunks=table.chunks.mask(whole, 0)).to_numpy()
 
-# %% ../nbs/02a_metrics.ipynb #02a-067
+# %% ../nbs/02a_metrics.ipynb #02a-075
 class Meteor:
     "Run METEOR within a `with` block; without Java or the jar it warns, and its statistics are NaN."
 
@@ -380,7 +439,7 @@ class Meteor:
         rows = self.ask(list(map(_meteor_line, texts, references)), len(texts), _meteor_numbers)
         return _spare_whole(np.array(rows).reshape(-1, len(METEOR_STATISTICS)))
 
-# %% ../nbs/02a_metrics.ipynb #02a-070
+# %% ../nbs/02a_metrics.ipynb #02a-078
 METEOR_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])                # of the stages, in the order of `METEOR_STAGES`
 METEOR_ALPHA, METEOR_BETA, METEOR_GAMMA = 0.85, 0.2, 0.6       # weight of recall; shape and size of the penalty
 METEOR_DELTA = np.array([0.75, 0.25])                          # weights of content and function words
@@ -399,7 +458,7 @@ def meteor_score(
         score = np.nan_to_num(mean * (1 - METEOR_GAMMA * (chunks / matches.mean(-1))**METEOR_BETA))
     return np.where(np.isnan(length[..., :1]), np.nan, score[..., None])
 
-# %% ../nbs/02a_metrics.ipynb #02a-077
+# %% ../nbs/02a_metrics.ipynb #02a-085
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 FAMILIES = { # family: (its metrics, its statistics, its formula over their sums)
     "bleu": (METRICS[:4], BLEU_STATISTICS, bleu_score),
@@ -412,7 +471,7 @@ def _meteor_statistics(texts: list[str], references: list[list[str]], meteor: Me
     if meteor is not None: return meteor.statistics(texts, references)
     with Meteor() as meteor: return meteor.statistics(texts, references)
 
-# %% ../nbs/02a_metrics.ipynb #02a-078
+# %% ../nbs/02a_metrics.ipynb #02a-086
 def report_statistics(
     predictions: dict | list,           # {id: report}, or reports in the order of `references`
     references: dict | list,            # {id: report} or {id: [reports]}, or a list of either
@@ -434,7 +493,7 @@ def report_statistics(
     statistics.attrs["protocol"] = protocol.name
     return statistics
 
-# %% ../nbs/02a_metrics.ipynb #02a-079
+# %% ../nbs/02a_metrics.ipynb #02a-087
 def _scores(sums: np.ndarray, columns: pd.MultiIndex) -> dict[str, np.ndarray]:
     "Compute every metric from `sums` (..., K) of the statistics `columns`: arrays (...), in the order of `METRICS`."
     scores = {}
@@ -456,7 +515,7 @@ def per_report(
     "Compute the scores of each report, to find the best and the worst."
     return pd.DataFrame(_scores(statistics.to_numpy(), statistics.columns), statistics.index)
 
-# %% ../nbs/02a_metrics.ipynb #02a-080
+# %% ../nbs/02a_metrics.ipynb #02a-088
 def nlg_scores(
     predictions: dict | list,           # {id: report}, or reports in the order of `references`
     references: dict | list,            # {id: report} or {id: [reports]}, or a list of either
@@ -467,7 +526,7 @@ def nlg_scores(
     scores = corpus_scores(report_statistics(predictions, references, metrics, protocol=protocol))
     return {name: scores[name] for name in metrics}
 
-# %% ../nbs/02a_metrics.ipynb #02a-097
+# %% ../nbs/02a_metrics.ipynb #02a-105
 def score_protocols(
     predictions: dict | list,           # {id: report}, or reports in the order of `references`
     references: dict | list,            # as the radiologists wrote them: {id: report} or {id: [reports]}, or a list of either
@@ -476,14 +535,14 @@ def score_protocols(
 ) -> pd.DataFrame:                      # a row for each protocol: scores, and `missing`: what is, and why
     "Score reports under several protocols; raises as `report_statistics`, but goes on where there is no Java."
     rows = {}
-    with warnings.catch_warnings(record=True) as warned, Meteor() as meteor:
+    with warnings.catch_warnings(record=True) as warned, Meteor() if "meteor" in metrics else nullcontext() as meteor:
         for protocol in protocols:
             try: scores = corpus_scores(report_statistics(predictions, references, metrics, meteor, protocol))
             except FileNotFoundError as reason: rows[protocol.name] = dict(missing=f"all: {reason}")
             else: rows[protocol.name] = {m: scores[m] for m in metrics} | dict(missing="; ".join(str(w.message) for w in warned))
     return pd.DataFrame(rows, [*metrics, "missing"]).T.astype(dict.fromkeys(metrics, float)).rename_axis("protocol")
 
-# %% ../nbs/02a_metrics.ipynb #02a-111
+# %% ../nbs/02a_metrics.ipynb #02a-119
 def most_frequent_reports(
     reports: list[str], # of the training set
     n: int = 1,         # how many
@@ -502,7 +561,7 @@ def constant_report(
         return nlg_scores(everywhere, val_references, ("cider",))["cider"]
     return max(most_frequent_reports(train_reports, candidates), key=cider)
 
-# %% ../nbs/02a_metrics.ipynb #02a-115
+# %% ../nbs/02a_metrics.ipynb #02a-123
 def shuffled(
     predictions: dict | list, # {id: report} or reports; at least two
     seed: int = 0,            # of the shuffle
@@ -515,21 +574,22 @@ def shuffled(
     texts = [texts[moved[place]] for place in range(len(texts))]
     return dict(zip(predictions, texts)) if isinstance(predictions, dict) else texts
 
-# %% ../nbs/02a_metrics.ipynb #02a-119
+# %% ../nbs/02a_metrics.ipynb #02a-127
 def shuffled_scores(
     predictions: dict | list,           # {id: report}, or reports in the order of `references`; at least two
     references: dict | list,            # {id: report} or {id: [reports]}, or a list of either
     shuffles: int = 20,                 # how many; METEOR takes as long for each as for the reports themselves
     metrics: tuple[str, ...] = METRICS, # which of `METRICS`
     protocol: Protocol = AS_GIVEN,
+    meteor: Meteor | None = None,       # a running one, to share its start; None: one for this call
 ) -> pd.DataFrame:                      # a row for each metric: mean, low, high (95 % of the shuffles lie between), protocol
     "Score shuffled reports; raises as `shuffled` and `report_statistics` do."
-    with Meteor() if "meteor" in metrics else nullcontext() as meteor:
+    with Meteor() if "meteor" in metrics and meteor is None else nullcontext(meteor) as meteor:
         scores = pd.DataFrame([corpus_scores(report_statistics(shuffled(predictions, seed), references, metrics, meteor, protocol))
                                for seed in range(shuffles)])[list(metrics)]
     return pd.DataFrame({"mean": scores.mean(), "low": scores.quantile(0.025), "high": scores.quantile(0.975), "protocol": protocol.name})
 
-# %% ../nbs/02a_metrics.ipynb #02a-124
+# %% ../nbs/02a_metrics.ipynb #02a-132
 def diversity(
     predictions: dict | list,               # {id: report} or reports
     train_reports: list[str] | None = None, # to find out what was copied; None: not asked
@@ -547,7 +607,7 @@ def diversity(
         vocabulary=len({word for text in texts for word in text.split()}),
         copied=float("nan") if train_reports is None else sum(text in known for text in texts) / len(texts))
 
-# %% ../nbs/02a_metrics.ipynb #02a-129
+# %% ../nbs/02a_metrics.ipynb #02a-137
 def resampled_sums(
     values: np.ndarray,     # (n, K) statistics of n studies
     resamples: int,         # how many draws of n studies
@@ -570,7 +630,7 @@ def bootstrap_interval(
     return pd.DataFrame({"score": corpus_scores(statistics), "low": scores.quantile(0.025), "high": scores.quantile(0.975),
                          "protocol": statistics.attrs.get("protocol", AS_GIVEN.name)})
 
-# %% ../nbs/02a_metrics.ipynb #02a-139
+# %% ../nbs/02a_metrics.ipynb #02a-147
 def exchanged_differences(
     first: pd.DataFrame,  # from `report_statistics`
     second: pd.DataFrame, # of the same studies
@@ -586,7 +646,7 @@ def exchanged_differences(
     ours, theirs = _scores(a.sum(0) + moved, first.columns), _scores(b.sum(0) - moved, first.columns)
     return {name: theirs[name] - ours[name] for name in ours}
 
-# %% ../nbs/02a_metrics.ipynb #02a-140
+# %% ../nbs/02a_metrics.ipynb #02a-148
 def paired_comparison(
     first: pd.DataFrame,     # from `report_statistics`
     second: pd.DataFrame,    # of another run's reports of the same studies, by the same protocol
@@ -606,7 +666,21 @@ def paired_comparison(
     p = ((1 + as_large) / (1 + resamples)).where(difference.notna())
     return both.assign(difference=difference, low=(theirs - ours).quantile(0.025), high=(theirs - ours).quantile(0.975), p=p, protocol=protocols[0])
 
-# %% ../nbs/02a_metrics.ipynb #02a-148
+# %% ../nbs/02a_metrics.ipynb #02a-155
+def compare_systems(
+    statistics: dict[str, pd.DataFrame], # system: from `report_statistics`, of the same studies
+    resamples: int = 10_000,             # as `paired_comparison` takes them
+) -> pd.DataFrame: # a row for each system and metric: score, low, high (95 %); difference from the first system, difference_low, difference_high, p; protocol
+    "Score systems and compare each with the first; raises as `paired_comparison` does."
+    first, tables = next(iter(statistics.values())), {}
+    for name, of_system in statistics.items():
+        tables[name] = bootstrap_interval(of_system)
+        if of_system is first: continue
+        paired = paired_comparison(first, of_system, resamples).rename(columns={"low": "difference_low", "high": "difference_high"})
+        tables[name] = tables[name].join(paired[["difference", "difference_low", "difference_high", "p"]])
+    return pd.concat(tables, names=["system", "metric"]).reset_index()
+
+# %% ../nbs/02a_metrics.ipynb #02a-160
 def over_seeds(
     scores: list[dict[str, float]], # of each seed, from `nlg_scores`
 ) -> pd.DataFrame:                  # a row for each metric: mean, std (of single runs, n - 1; NaN for one), min, max, seeds
@@ -614,7 +688,7 @@ def over_seeds(
     if not scores or any(s.keys() != scores[0].keys() for s in scores): raise ValueError("give the same metrics of every seed, and at least one seed")
     return pd.DataFrame(scores).agg(["mean", "std", "min", "max"]).T.assign(seeds=len(scores))
 
-# %% ../nbs/02a_metrics.ipynb #02a-152
+# %% ../nbs/02a_metrics.ipynb #02a-164
 SOURCES = {
     "CvT2DistilGPT2": "Nicolson et al. 2023, Artificial Intelligence in Medicine 144:102633",
     "R2Gen": "Chen et al. 2020, EMNLP",
@@ -635,7 +709,7 @@ PUBLISHED = { # task: rows of (system, n, protocol of the labels, averaging of c
         ("R2GenCMN", None, CHEN, None, (.475, .309, .222, .170, .191, .375)),
         ("M2 Transformer Progressive", None, UNKNOWN, None, (.486, .317, .232, .173, .192, .390))]}
 
-# %% ../nbs/02a_metrics.ipynb #02a-153
+# %% ../nbs/02a_metrics.ipynb #02a-165
 def published(
     task: str,     # name of a task
 ) -> pd.DataFrame: # a row for each system: n, scores, averaging of the clinical ones, protocol, source; empty for other tasks
