@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'NEVER', 'SERVED', 'IGNORED', 'NEUTRAL', 'Request', 'project', 'norm', 'Block', 'Decoder', 'prepare_block',
-           'prepare_decoder', 'split_heads', 'attend', 'Cache', 'take_slots', 'follow', 'next_logits', 'forbid_end',
-           'Greedy', 'State', 'Beams', 'Candidates', 'candidates', 'keep_running', 'keep_ended', 'close', 'close_ranks',
-           'Pace', 'usual_pace', 'recorded', 'advance', 'Search', 'run', 'unserved_rule', 'unserved_part',
-           'read_request', 'search_reports', 'image_bytes', 'largest_batch']
+           'project_words', 'prepare_decoder', 'split_heads', 'attend', 'Cache', 'take_slots', 'enter', 'follow',
+           'best_words', 'Tools', 'usual_tools', 'next_logits', 'end_penalty', 'Greedy', 'State', 'Beams', 'Candidates',
+           'candidates', 'keep_running', 'keep_ended', 'close', 'close_ranks', 'Pace', 'usual_pace', 'recorded',
+           'advance', 'Search', 'run', 'unserved_rule', 'unserved_part', 'read_request', 'search_reports',
+           'image_bytes', 'largest_batch']
 
 # %% ../nbs/01c_search.ipynb #01c-002
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from .encoder import linear, prepared
+
+try: from cvt2distilgpt2 import kernels
+except ImportError: kernels = None  # there is no Triton
 
 # %% ../nbs/01c_search.ipynb #01c-007
 @dataclass(frozen=True)
@@ -87,6 +91,16 @@ def prepare_block(block: GPT2Block, dtype: torch.dtype) -> Block:
         w(visual.c_proj), n(block.ln_2), w(block.mlp.c_fc), w(block.mlp.c_proj))
 
 
+def project_words(
+    weight: Tensor,     # (vocabulary, width)
+    dtype: torch.dtype, # to compute in
+) -> Callable[[Tensor], Tensor]: # (rows, width) -> (rows, vocabulary)
+    "Make the last layer; a GPU is slow with rows of an odd length, so there they are padded, and cut."
+    more = -len(weight) % 64 if weight.is_cuda else 0
+    padded = project(F.pad(weight, (0, 0, 0, more)).t(), None, dtype) if more else project(weight.t(), None, dtype)
+    return lambda x: padded(x)[:, :len(weight)]
+
+
 def prepare_decoder(
     model: GPT2LMHeadModel,
     dtype: torch.dtype, # to compute in
@@ -95,7 +109,7 @@ def prepare_decoder(
     body = model.transformer
     blocks = [prepare_block(block, dtype) for block in body.h]
     return Decoder(model.config.n_head, dtype, body.wte.weight.detach(), body.wpe.weight.detach(), blocks,
-        norm(body.ln_f, dtype), project(model.lm_head.weight.t(), None, dtype))
+        norm(body.ln_f, dtype), project_words(model.lm_head.weight.detach(), dtype))
 
 # %% ../nbs/01c_search.ipynb #01c-026
 def split_heads(
@@ -107,11 +121,12 @@ def split_heads(
 
 
 def attend(
-    query: Tensor,         # (images, beams, heads*d)
-    keys: Tensor,          # (images*heads, T, d)
-    values: Tensor,        # likewise
-    hidden: Tensor | None, # (images, beams or 1, T): -inf for what a beam must not see, else 0
-) -> Tensor:               # (images*beams, heads*d)
+    query: Tensor,              # (images, beams, heads*d)
+    keys: Tensor,               # (images*heads, T, d)
+    values: Tensor,             # likewise
+    hidden: Tensor | None,      # (images, beams or 1, T): -inf for what a beam must not see, else 0
+    used: Tensor | None = None, # (images,): so many places hold something; here `hidden` says it, too
+) -> Tensor:                    # (images*beams, heads*d)
     "Let the beams of each image attend to its keys and values."
     images, beams, _ = query.shape
     heads, d = len(keys) // images, keys.shape[-1]
@@ -130,7 +145,7 @@ class Cache:
         images, n, width = visual.shape
         split = lambda x: split_heads(x.view(images, n, width), decoder.heads).contiguous()
         self.visual = [[split(x) for x in block.visual_kv(visual.flatten(0, 1)).chunk(2, -1)] for block in decoder.blocks]
-        self.unseen = visual.new_zeros(images, 1, n) if mask is None else torch.where(mask[:, None].bool(), 0.0, -torch.inf).to(visual)
+        self.unseen = None if mask is None else torch.where(mask[:, None].bool(), 0.0, -torch.inf).to(visual)  # (images, 1, n)
         self.text = [[x.new_empty(len(x), 0, x.shape[2]) for x in pair] for pair in self.visual]  # (images*heads, slots, d)
         self.unrelated = visual.new_empty(images, beams, 0)  # (images, beams, slots): 0 for a beam's own past, else -inf
 
@@ -142,19 +157,33 @@ class Cache:
         return True
 
     def tensors(self) -> list[Tensor]: # first dimension: images, or images*heads
-        return [*sum(self.visual, []), *sum(self.text, []), self.unseen, self.unrelated]
+        masks = [self.unrelated] if self.unseen is None else [self.unrelated, self.unseen]
+        return [*sum(self.visual, []), *sum(self.text, []), *masks]
 
 # %% ../nbs/01c_search.ipynb #01c-032
 def take_slots(
     unrelated: Tensor, # (images, beams, slots); changed
-) -> Tensor:           # (images, beams)
+) -> tuple[Tensor, Tensor]: # (images, beams), and (images,): from which slot on all are free
     "Give every beam the lowest slot that is free, and enter it as its own."
     beams, slots = unrelated.shape[1:]
-    lowest = torch.arange(slots, 0, -1, device=unrelated.device)
-    free = unrelated.isinf().all(1)                          # (images, slots)
-    taken = (free * lowest).topk(beams).indices              # (images, beams)
+    number = torch.arange(1, slots + 1, device=unrelated.device)
+    free = unrelated.isinf().all(1)                                 # (images, slots)
+    taken = (free * (slots + 1 - number)).topk(beams).indices       # (images, beams)
     unrelated.scatter_(2, taken[:, :, None], 0.0)
-    return taken
+    used = torch.maximum((~free * number).amax(1), taken.amax(1) + 1)
+    return taken, used.int()
+
+
+def enter(
+    new: Tensor,    # (images, beams, 3*heads*d): query, key and value of each beam's last token
+    slots: Tensor,  # (images, beams): where they belong
+    keys: Tensor,   # (images*heads, T, d); changed
+    values: Tensor, # likewise
+):
+    "Write the keys and values of the last tokens into their slots."
+    heads = len(keys) // len(new)
+    place = slots[:, None, :, None].expand(-1, heads, -1, keys.shape[2]).flatten(0, 1)
+    for pool, entry in zip((keys, values), new.chunk(3, -1)[1:]): pool.scatter_(1, place, split_heads(entry, heads))
 
 
 def follow(
@@ -164,40 +193,65 @@ def follow(
     "Take beams by number."
     return x.gather(1, parents[:, :, None].expand(-1, -1, x.shape[2]))
 
-# %% ../nbs/01c_search.ipynb #01c-036
+# %% ../nbs/01c_search.ipynb #01c-037
+def best_words(
+    logits: Tensor,  # (rows, vocabulary)
+    k: int,          # how many
+    word: int,       # one that a penalty is for
+    penalty: Tensor, # (1,), added to its log-probability: 0 or -inf
+) -> tuple[Tensor, Tensor]: # (rows, k) log-probabilities, best first; (rows, k) which words
+    "Find the likeliest words of each row."
+    log_probabilities = F.log_softmax(logits.float(), -1)
+    log_probabilities[:, word] += penalty
+    return log_probabilities.topk(k)
+
+
+class Tools(NamedTuple):
+    "How a search does what takes most of its time."
+    attend: Callable = attend
+    enter: Callable = enter
+    best_words: Callable = best_words
+    whole_pool: bool = False  # may the pool be as large as it can get from the beginning, because no more than is used is read?
+
+
+def usual_tools(decoder: Decoder) -> Tools:
+    "Take programs for the GPU where they serve."
+    serve = kernels and kernels.serve(decoder.token.device, decoder.dtype, decoder.token.shape[1] // decoder.heads)
+    return Tools(kernels.attend, kernels.enter, kernels.best_words, True) if serve else Tools()
+
+# %% ../nbs/01c_search.ipynb #01c-040
 def next_logits(
     decoder: Decoder,
     cache: Cache,
     last: Tensor,     # (images, beams), the token that each beam has just got
     position: Tensor, # (1,), its place in the report
+    tools: Tools = Tools(),
 ) -> Tensor:          # (images*beams, vocabulary)
     "Read the last token of every beam and compute the logits of the next; the first images of `cache` are meant."
     images, beams = last.shape
-    rows = images * decoder.heads
-    unrelated, unseen = cache.unrelated[:images], cache.unseen[:images]
-    slots = take_slots(unrelated)[:, None, :, None].expand(-1, decoder.heads, -1, cache.visual[0][0].shape[2]).flatten(0, 1)
+    rows, unrelated = images * decoder.heads, cache.unrelated[:images]
+    unseen = None if cache.unseen is None else cache.unseen[:images]
+    slots, used = take_slots(unrelated)
     x = (F.embedding(last.flatten(), decoder.token) + decoder.position[position]).to(decoder.dtype)
     for block, visual, text in zip(decoder.blocks, cache.visual, cache.text):
-        query, *new = block.text_qkv(block.norm_text(x)).view(images, beams, -1).chunk(3, -1)
-        for pool, entry in zip(text, new): pool[:rows].scatter_(1, slots, split_heads(entry, decoder.heads))
-        x = x + block.text_out(attend(query, text[0][:rows], text[1][:rows], unrelated))
+        visual, text = [kept[:rows] for kept in visual], [kept[:rows] for kept in text]
+        new = block.text_qkv(block.norm_text(x)).view(images, beams, -1)
+        tools.enter(new, slots, *text)
+        x = x + block.text_out(tools.attend(new.chunk(3, -1)[0], *text, unrelated, used))
         query = block.visual_q(block.norm_visual(x)).view(images, beams, -1)
-        x = x + block.visual_out(attend(query, visual[0][:rows], visual[1][:rows], unseen))
+        x = x + block.visual_out(tools.attend(query, *visual, unseen))
         x = x + block.mlp_out(F.gelu(block.mlp_in(block.norm_mlp(x)), approximate="tanh"))
     return decoder.head(decoder.norm(x))
 
-# %% ../nbs/01c_search.ipynb #01c-041
-def forbid_end(
-    scores: Tensor,   # (rows, vocabulary); changed
+# %% ../nbs/01c_search.ipynb #01c-045
+def end_penalty(
     position: Tensor, # (1,), place of the last token
     request: Request,
-) -> Tensor:          # (rows, vocabulary)
+) -> Tensor:          # (1,): -inf before a report's minimum length, else 0
     "Rule out the end of a report before its minimum length."
-    if request.min_length > 1:
-        scores[:, request.eos_token_id] += torch.where(position + 1 < request.min_length, -torch.inf, 0.0)
-    return scores
+    return torch.where(position + 1 < request.min_length, -torch.inf, 0.0)
 
-# %% ../nbs/01c_search.ipynb #01c-042
+# %% ../nbs/01c_search.ipynb #01c-046
 class Greedy:
     "Always the likeliest next token."
     def __init__(self, request: Request, images: int, device: torch.device):
@@ -213,13 +267,15 @@ class Greedy:
 
     def step(self, logits: Tensor, position: Tensor, images: int) -> Tensor: # parents (images, 1)
         tokens, lengths, is_open = (x[:images] for x in self.tensors())
-        token = forbid_end(logits.float(), position, self.request).argmax(-1, keepdim=True)
+        scores = logits.float()
+        scores[:, self.request.eos_token_id] += end_penalty(position, self.request)
+        token = scores.argmax(-1, keepdim=True)
         tokens.index_copy_(2, position + 1, torch.where(is_open, token, self.request.pad_token_id)[:, None])
         lengths += is_open
         is_open &= token != self.request.eos_token_id
         return torch.zeros_like(lengths)
 
-# %% ../nbs/01c_search.ipynb #01c-045
+# %% ../nbs/01c_search.ipynb #01c-049
 NEVER = -1e9  # the score of what must not win, as in `transformers`
 
 
@@ -233,12 +289,12 @@ class State(NamedTuple):
     is_ended: Tensor     # (images, beams): is there a report at all?
     open: Tensor         # (images, 1)
 
-# %% ../nbs/01c_search.ipynb #01c-046
+# %% ../nbs/01c_search.ipynb #01c-050
 class Beams:
     "The likeliest beginnings of each report, and the best reports that have ended."
-    def __init__(self, request: Request, images: int, device: torch.device):
+    def __init__(self, request: Request, images: int, device: torch.device, find: Callable = best_words):
         full = lambda value, *more: torch.full((images, request.num_beams, *more), value, device=device)
-        self.request = request
+        self.request, self.find = request, find
         self.tokens = full(request.pad_token_id or request.eos_token_id, request.max_length)  # padded as `transformers` does
         self.tokens[:, :, 0] = request.bos_token_id
         self.scores = full(NEVER)
@@ -254,13 +310,13 @@ class Beams:
 
     def step(self, logits: Tensor, position: Tensor, images: int) -> Tensor: # parents (images, beams)
         state = State(*(x[:images] for x in self.tensors()))
-        found = candidates(state, logits, position, self.request)
+        found = candidates(state, logits, position, self.request, self.find)
         keep_ended(state, found, position, self.penalty)
         parents = keep_running(state, found)
         close(state, position, self.penalty, self.request)
         return parents
 
-# %% ../nbs/01c_search.ipynb #01c-047
+# %% ../nbs/01c_search.ipynb #01c-051
 class Candidates(NamedTuple):
     "The best `2 * num_beams` continuations of each image, best first."
     tokens: Tensor  # (images, 2*beams, max_length)
@@ -268,13 +324,13 @@ class Candidates(NamedTuple):
     parents: Tensor # (images, 2*beams)
     stops: Tensor   # (images, 2*beams): does it end here?
 
-# %% ../nbs/01c_search.ipynb #01c-048
-def candidates(state: State, logits: Tensor, position: Tensor, request: Request) -> Candidates:
-    "Find the best continuations over all beams of an image."
-    log_probabilities = forbid_end(F.log_softmax(logits.float(), -1), position, request)
-    totals = log_probabilities.view(*state.scores.shape, -1).add_(state.scores[:, :, None])
-    scores, index = totals.flatten(1).topk(2 * request.num_beams)
-    parents, token = index // totals.shape[2], index % totals.shape[2]
+# %% ../nbs/01c_search.ipynb #01c-052
+def candidates(state: State, logits: Tensor, position: Tensor, request: Request, find: Callable) -> Candidates:
+    "Find the best continuations over all beams of an image: first those of each beam, then among them."
+    images, beams = state.scores.shape
+    best, token = find(logits, min(2 * beams, logits.shape[1]), request.eos_token_id, end_penalty(position, request))
+    scores, index = (best + state.scores.view(-1, 1)).view(images, -1).topk(2 * beams)
+    parents, token = index // best.shape[1], token.view(images, -1).gather(1, index)
     tokens = follow(state.tokens, parents).index_copy_(2, position + 1, token[:, :, None])
     return Candidates(tokens, scores, parents, (token == request.eos_token_id) | (position + 2 >= request.max_length))
 
@@ -286,7 +342,7 @@ def keep_running(state: State, found: Candidates) -> Tensor: # parents (images, 
     state.tokens.copy_(follow(found.tokens, best))
     return found.parents.gather(1, best)
 
-# %% ../nbs/01c_search.ipynb #01c-049
+# %% ../nbs/01c_search.ipynb #01c-053
 def keep_ended(state: State, found: Candidates, position: Tensor, penalty: Tensor):
     "Keep the best of the reports that had ended and those that end now, unless an image is closed."
     beams = state.scores.shape[1]
@@ -308,7 +364,7 @@ def close(state: State, position: Tensor, penalty: Tensor, request: Request):
     state.open.logical_and_((possible > worst).any(1, keepdim=True))
     if request.early_stopping is True: state.open.logical_and_(~state.is_ended.all(1, keepdim=True))
 
-# %% ../nbs/01c_search.ipynb #01c-052
+# %% ../nbs/01c_search.ipynb #01c-056
 def close_ranks(
     tensors: list[Tensor], # first dimension: images, or images*heads; changed
     images: int,           # that they have room for
@@ -323,7 +379,7 @@ def close_ranks(
             x[place].copy_(x[rows[place]])
     return rows
 
-# %% ../nbs/01c_search.ipynb #01c-056
+# %% ../nbs/01c_search.ipynb #01c-060
 class Pace(NamedTuple):
     "How often to look who is done."
     every: int    # steps
@@ -346,31 +402,33 @@ def recorded(
     with torch.cuda.graph(graph): step()  # recorded, not run
     return graph.replay
 
-# %% ../nbs/01c_search.ipynb #01c-059
-def advance(decoder: Decoder, cache: Cache, chooser: Greedy | Beams, position: Tensor, images: int):
+# %% ../nbs/01c_search.ipynb #01c-063
+def advance(decoder: Decoder, cache: Cache, chooser: Greedy | Beams, position: Tensor, images: int, tools: Tools = Tools()):
     "Give every beam of the first `images` its next token."
     last = chooser.tokens[:images].index_select(2, position)[:, :, 0]
-    parents = chooser.step(next_logits(decoder, cache, last, position), position, images)
+    parents = chooser.step(next_logits(decoder, cache, last, position, tools), position, images)
     cache.unrelated[:images] = follow(cache.unrelated[:images], parents)
     position += 1
 
-# %% ../nbs/01c_search.ipynb #01c-060
+# %% ../nbs/01c_search.ipynb #01c-064
 class Search:
     "A search under way."
-    def __init__(self, decoder: Decoder, visual: Tensor, mask: Tensor | None, request: Request, pace: Pace):
-        self.decoder, self.request, self.pace, self.device = decoder, request, pace, visual.device
-        self.chooser = (Beams if request.num_beams > 1 else Greedy)(request, len(visual), visual.device)
-        self.cache = Cache(decoder, visual.to(decoder.dtype), mask, request.num_beams)
+    def __init__(self, decoder: Decoder, visual: Tensor, mask: Tensor | None, request: Request, pace: Pace, tools: Tools = Tools()):
+        self.decoder, self.pace, self.tools, self.device, self.beams = decoder, pace, tools, visual.device, request.num_beams
+        args = request, len(visual), visual.device
+        self.chooser = Beams(*args, tools.best_words) if self.beams > 1 else Greedy(*args)
+        self.cache = Cache(decoder, visual.to(decoder.dtype), mask, self.beams)
+        if tools.whole_pool: self.cache.make_room(len(visual), self.beams * (request.max_length - 1))
         self.position = torch.zeros(1, dtype=torch.long, device=visual.device)
         self.rows, self.again = list(range(len(visual))), None  # image of each row; the recorded step
         self.tokens, self.lengths = (x.clone() for x in self.chooser.reports())
 
     def advance(self, steps: int):
         "Go on by `steps`."
-        if self.cache.make_room(len(self.rows), steps * self.request.num_beams): self.again = None
+        if not self.tools.whole_pool and self.cache.make_room(len(self.rows), steps * self.beams): self.again = None
         for _ in range(steps):
             if self.again: self.again()
-            else: self.again = recorded(partial(advance, self.decoder, self.cache, self.chooser, self.position, len(self.rows)), self.device)
+            else: self.again = recorded(partial(advance, self.decoder, self.cache, self.chooser, self.position, len(self.rows), self.tools), self.device)
 
     def leave(self, stay: list[int]):
         "Write down the reports of all rows but `stay`, which close ranks."
@@ -380,18 +438,19 @@ class Search:
         moved = close_ranks([*self.cache.tensors(), *self.chooser.tensors()], len(self.tokens), stay)
         self.rows, self.again = [self.rows[row] for row in moved], None
 
-# %% ../nbs/01c_search.ipynb #01c-061
+# %% ../nbs/01c_search.ipynb #01c-065
 @torch.inference_mode()
 def run(
     decoder: Decoder,
     visual: Tensor,           # (images, N, width), the visual tokens
     mask: Tensor | None,      # (images, N): is it a real token? None: all are
     request: Request,
-    pace: Pace | None = None, # None: `usual_pace`
+    pace: Pace | None = None,   # None: `usual_pace`
+    tools: Tools | None = None, # None: `usual_tools`
 ) -> Tensor:                  # (images, T), `[BOS]` first, padded after the end
     "Write the report of each image, token by token as `transformers`' `generate` does."
     pace = pace or usual_pace(visual.device)
-    search, steps = Search(decoder, visual, mask, request, pace), request.max_length - 1
+    search, steps = Search(decoder, visual, mask, request, pace, tools or usual_tools(decoder)), request.max_length - 1
     while search.rows:
         now = min(pace.every, steps)
         search.advance(now)
@@ -401,7 +460,7 @@ def run(
         if len(stay) <= pace.share * len(search.rows) and len(stay) < len(search.rows): search.leave(stay)
     return search.tokens[:, :int(search.lengths.max())]
 
-# %% ../nbs/01c_search.ipynb #01c-072
+# %% ../nbs/01c_search.ipynb #01c-076
 SERVED = {"max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "length_penalty", "early_stopping",
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"}
 IGNORED = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",  # matter to sampling only
@@ -410,7 +469,7 @@ NEUTRAL = {"do_sample": False, "num_return_sequences": 1, "use_cache": True, "re
     "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "remove_invalid_values": False, "num_beam_groups": 1, "diversity_penalty": 0.0,
     "return_dict_in_generate": False, "output_scores": False, "output_attentions": False, "output_hidden_states": False, "synced_gpus": False}
 
-# %% ../nbs/01c_search.ipynb #01c-073
+# %% ../nbs/01c_search.ipynb #01c-077
 def unserved_rule(rules: dict) -> str | None: # of `generate`
     "Name a rule that `Request` has no word for, or None."
     for name, value in rules.items():
@@ -430,7 +489,7 @@ def unserved_part(model: GPT2LMHeadModel) -> str | None:
     if model.training: return "training mode"
     return next((f"{type(m).__module__}" for m in model.modules() if type(m).__module__.split(".")[0] not in known), None)
 
-# %% ../nbs/01c_search.ipynb #01c-074
+# %% ../nbs/01c_search.ipynb #01c-078
 def read_request(
     model: GPT2LMHeadModel,
     defaults: GenerationConfig, # the rules where none are given
@@ -449,7 +508,7 @@ def read_request(
     searching = {name: rules[name] for name in ("num_beams", "length_penalty", "early_stopping") if name in rules}
     return Request(**limits, **searching, bos_token_id=start, eos_token_id=end, pad_token_id=rules.get("pad_token_id", end))
 
-# %% ../nbs/01c_search.ipynb #01c-077
+# %% ../nbs/01c_search.ipynb #01c-081
 def search_reports(
     model: GPT2LMHeadModel,
     visual: Tensor,                    # (images, N, width), the visual tokens
@@ -460,7 +519,7 @@ def search_reports(
     "Write the report of each image, token by token as `transformers`' `generate` does."
     return run(prepared(model, dtype or model.dtype, prepare_decoder), visual, mask, request).clone()
 
-# %% ../nbs/01c_search.ipynb #01c-081
+# %% ../nbs/01c_search.ipynb #01c-085
 def image_bytes(
     config: GPT2Config,
     n: int,             # visual tokens of an image

@@ -11,10 +11,11 @@ from transformers import GenerationConfig, GPT2LMHeadModel
 from transformers.utils import logging
 
 from cvt2distilgpt2.decoder import decoder_config
-from cvt2distilgpt2.search import BLOCK, Cache, Pace, Request, Search, advance, image_bytes, largest_batch, prepare_decoder, read_request, run
+from cvt2distilgpt2.search import BLOCK, Cache, Pace, Request, Search, Tools, advance, image_bytes, largest_batch, prepare_decoder, read_request, run
 from cvt2distilgpt2.search import search_reports
 
 torch.set_num_threads(1)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCABULARY = 60
 IDS = {"eos_token_id": VOCABULARY - 3, "bos_token_id": VOCABULARY - 2, "pad_token_id": VOCABULARY - 1}
 
@@ -55,13 +56,13 @@ def drawn_case(seed, longest):
 
 
 def by_transformers(model, visual, mask, **rules):
-    start = torch.full((len(visual), 1), IDS["bos_token_id"])
+    start = torch.full((len(visual), 1), IDS["bos_token_id"], device=visual.device)
     return model.generate(start, attention_mask=torch.ones_like(start), encoder_hidden_states=visual, encoder_attention_mask=mask.long(), **IDS, **rules)
 
 
-def both(case, dtype, **kwargs):
+def both(case, dtype, device="cpu", **kwargs):
     model, visual, mask, rules = case
-    model, visual = model.to(dtype), visual.to(dtype)
+    model, visual, mask = model.to(device, dtype), visual.to(device, dtype), mask.to(device)
     return by_transformers(model, visual, mask, **rules), run(prepare_decoder(model, dtype), visual, mask, Request(**rules, **IDS), **kwargs)
 
 
@@ -83,7 +84,8 @@ def compare(seeds, longest, dtype, **kwargs):
         lengths.append(len(set((theirs != IDS["pad_token_id"]).sum(1).tolist())))
         if torch.equal(theirs, ours): continue
         assert dtype != torch.float64, f"case {seed} differs"
-        model, visual, mask, rules = case
+        (model, visual, mask, rules), theirs, ours = case, theirs.cpu(), ours.cpu()
+        model, visual = model.to("cpu"), visual.to(dtype)
         for i in (i for i in range(len(visual)) if theirs[i].tolist() != ours[i].tolist()):
             ties.append((seed, i, *(score(model, visual[i], mask[i], tokens, rules) for tokens in (theirs[i], ours[i]))))
     print(f"{len(seeds)} cases, {sum(lengths) / len(lengths):.1f} different lengths a case, ties: {ties}")
@@ -104,6 +106,19 @@ def test_drawn_cases_are_written_as_by_transformers(dtype):
 
 def test_looking_seldom_changes_nothing():
     compare(range(100, 120), 24, torch.float64, pace=Pace(8, 0.5))
+
+
+def test_programs_for_a_gpu_change_nothing():
+    "In Triton's interpreter, where there is no GPU."
+    kernels = pytest.importorskip("cvt2distilgpt2.kernels", reason="there is no Triton")
+    tools = Tools(kernels.attend, kernels.enter, kernels.best_words, True)
+    compare(range(200, 206), 8, torch.float32, device=DEVICE, pace=Pace(3, 0.5), tools=tools)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+@pytest.mark.parametrize("plain", [True, False])
+def test_drawn_cases_on_a_gpu_are_written_as_by_transformers(plain):
+    compare(range(300, 330), 40, torch.float32, device=DEVICE, tools=Tools() if plain else None)
 
 
 def test_every_number_of_beams_and_images_alike():
@@ -188,7 +203,7 @@ def test_memory_is_a_third_and_known_beforehand():
 def test_the_bound_on_the_caches_is_met_exactly_at_worst():
     model, visual, _, _ = drawn_case(3, 10)
     request = Request(num_beams=4, max_length=65, **IDS)
-    cache = Cache(prepare_decoder(model, torch.float32), visual, None, 4)
+    cache = Cache(prepare_decoder(model, torch.float32), visual, torch.ones(visual.shape[:2]), 4)
     cache.make_room(len(visual), 4 * 64 + BLOCK)
     assert sum(t.nbytes for t in cache.tensors()) == len(visual) * image_bytes(model.config, visual.shape[1], request, torch.float32)["caches"]
 
