@@ -6,8 +6,8 @@
 __all__ = ['OBSERVATIONS', 'FIVE', 'CLASSES', 'SOURCE', 'UNCERTAIN', 'SCORES', 'AVERAGES', 'OPTIONAL', 'CheXbert',
            'chexbert_config', 'read_chexbert', 'load_vocabulary', 'report_tokens', 'classify', 'fingerprint',
            'read_cache', 'write_cache', 'Labeller', 'load_chexbert', 'positives', 'ratios', 'label_statistics',
-           'label_scores', 'averages', 'label_table', 'clinical_scores', 'class_confusion', 'radeval_scores',
-           'optional_scores']
+           'label_scores', 'averages', 'label_table', 'clinical_scores', 'class_confusion', 'clinical_tables',
+           'finding_matrices', 'finding_table', 'study_f1', 'radeval_scores', 'optional_scores']
 
 # %% ../nbs/02b_clinical.ipynb #02b-002
 import hashlib
@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from .encoder import check_source, load_exactly, read_tensors
-from .metrics import paired_texts, resampled_sums
+from .metrics import paired_texts, resampled_sums, shuffled
+from .phantom import FINDINGS, Finding, finding_scores, parse_report
 
 # %% ../nbs/02b_clinical.ipynb #02b-010
 OBSERVATIONS = ("enlarged cardiomediastinum", "cardiomegaly", "lung opacity", "lung lesion", "edema", "consolidation", "pneumonia",
@@ -292,7 +294,47 @@ def class_confusion(
     counts = [np.bincount(column, minlength=len(CLASSES)**2).reshape(len(CLASSES), -1) for column in pairs.T]
     return pd.DataFrame(np.concatenate(counts), pd.MultiIndex.from_product([names, CLASSES], names=["observation", "reference"]), CLASSES)
 
-# %% ../nbs/02b_clinical.ipynb #02b-098
+# %% ../nbs/02b_clinical.ipynb #02b-091
+def clinical_tables(
+    truth: np.ndarray,     # (N, 14) places in `CLASSES`: labels of the references
+    predicted: np.ndarray, # (N, 14): labels of the generated reports
+) -> dict[str, pd.DataFrame]: # clinical: `clinical_scores`; observations: `label_table`, uncertain as negative; confusion: `class_confusion`
+    "Score labels in every way that is common, and show what the scores are made of."
+    observations = label_table(positives(truth), positives(predicted), OBSERVATIONS)
+    return dict(clinical=clinical_scores(truth, predicted), observations=observations, confusion=class_confusion(truth, predicted))
+
+# %% ../nbs/02b_clinical.ipynb #02b-095
+def finding_matrices(
+    generated: list[str],
+    drawn: list[Iterable[Finding]],     # of each phantom
+) -> tuple[np.ndarray, np.ndarray]: # (N, findings) bool: what was drawn; what the reports say
+    "Tell which of `FINDINGS` were drawn in each study, and which its report names."
+    types = [{f.type for f in findings} for findings in (*drawn, *map(parse_report, generated))]
+    matrix = np.array([[name in of_study for name in FINDINGS] for of_study in types])
+    return matrix[:len(drawn)], matrix[len(drawn):]
+
+def finding_table(
+    generated: list[str],
+    drawn: list[Iterable[Finding]], # of each phantom
+    shuffles: int = 20,             # whose mean is f1_shuffled
+) -> pd.DataFrame: # as `label_table`, without "example"; f1_placed, f1_shuffled (NaN for one study)
+    "Score reports by what was drawn, beside the same reports shuffled over patients."
+    truth, said = finding_matrices(generated, drawn)
+    chance = [shuffled(list(said), seed) for seed in range(shuffles if len(said) > 1 else 0)]
+    table = label_table(truth, said, FINDINGS)
+    table["f1_placed"] = finding_scores(generated, drawn, detail=True).f1
+    table["f1_shuffled"] = np.mean([label_scores(label_statistics(truth, np.array(rows)).sum(0))[2] for rows in chance], axis=0) if chance else np.nan
+    return table.drop("example") # no name among these stands for normal
+
+# %% ../nbs/02b_clinical.ipynb #02b-102
+def study_f1(
+    truth: np.ndarray, # (N, C) bool: what is there
+    said: np.ndarray,  # (N, C) bool: what the reports say
+) -> np.ndarray:       # (N,)
+    "Score each study on its own; nothing to say and nothing said is 1."
+    return np.where((truth | said).any(1), label_statistics(truth, said)[:, -2], 1.)
+
+# %% ../nbs/02b_clinical.ipynb #02b-106
 OPTIONAL = {"bertscore": "higher", "radgraph": "higher", "ratescore": "higher", "srrbert": "higher", "temporal": "higher", "radcliq": "lower"} # which is better
 
 def radeval_scores(
@@ -306,7 +348,7 @@ def radeval_scores(
     with warnings.catch_warnings():            # it switches all warnings off
         return radeval.RadEval(metrics=[metric], show_progress=False)(refs=references, hyps=predictions)
 
-# %% ../nbs/02b_clinical.ipynb #02b-099
+# %% ../nbs/02b_clinical.ipynb #02b-107
 def optional_scores(
     predictions: dict | list, # {id: report}, or reports in the order of `references`
     references: dict | list,  # {id: report} or {id: [reports]}, or a list of either; of several the first counts

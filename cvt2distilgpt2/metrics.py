@@ -10,8 +10,8 @@ __all__ = ['PROTOCOLS', 'AS_GIVEN', 'BLEU_STATISTICS', 'ROUGE_BETA', 'CIDER_SIGM
            'read_predictions', 'bleu_statistics', 'bleu_score', 'rouge_l_statistics', 'mean_score', 'ngram_counts',
            'cider_statistics', 'meteor_command', 'MeteorError', 'Meteor', 'meteor_score', 'report_statistics',
            'corpus_scores', 'per_report', 'nlg_scores', 'score_protocols', 'most_frequent_reports', 'constant_report',
-           'shuffled', 'shuffled_scores', 'diversity', 'resampled_sums', 'bootstrap_interval', 'exchanged_differences',
-           'paired_comparison', 'compare_systems', 'over_seeds', 'published']
+           'shuffled', 'shuffled_scores', 'diversity', 'resampled_sums', 'bootstrap_interval', 'with_interval',
+           'exchanged_differences', 'paired_comparison', 'compare_systems', 'over_seeds', 'published']
 
 # %% ../nbs/02a_metrics.ipynb #02a-002
 import csv
@@ -630,7 +630,17 @@ def bootstrap_interval(
     return pd.DataFrame({"score": corpus_scores(statistics), "low": scores.quantile(0.025), "high": scores.quantile(0.975),
                          "protocol": statistics.attrs.get("protocol", AS_GIVEN.name)})
 
-# %% ../nbs/02a_metrics.ipynb #02a-147
+# %% ../nbs/02a_metrics.ipynb #02a-140
+def with_interval(
+    score: float,
+    low: float,  # NaN: not known
+    high: float,
+) -> str:
+    "Write a score with its interval."
+    if np.isnan(score): return ""
+    return f"{score:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
+
+# %% ../nbs/02a_metrics.ipynb #02a-151
 def exchanged_differences(
     first: pd.DataFrame,  # from `report_statistics`
     second: pd.DataFrame, # of the same studies
@@ -646,7 +656,7 @@ def exchanged_differences(
     ours, theirs = _scores(a.sum(0) + moved, first.columns), _scores(b.sum(0) - moved, first.columns)
     return {name: theirs[name] - ours[name] for name in ours}
 
-# %% ../nbs/02a_metrics.ipynb #02a-148
+# %% ../nbs/02a_metrics.ipynb #02a-152
 def paired_comparison(
     first: pd.DataFrame,     # from `report_statistics`
     second: pd.DataFrame,    # of another run's reports of the same studies, by the same protocol
@@ -666,7 +676,7 @@ def paired_comparison(
     p = ((1 + as_large) / (1 + resamples)).where(difference.notna())
     return both.assign(difference=difference, low=(theirs - ours).quantile(0.025), high=(theirs - ours).quantile(0.975), p=p, protocol=protocols[0])
 
-# %% ../nbs/02a_metrics.ipynb #02a-155
+# %% ../nbs/02a_metrics.ipynb #02a-159
 def compare_systems(
     statistics: dict[str, pd.DataFrame], # system: from `report_statistics`, of the same studies
     resamples: int = 10_000,             # as `paired_comparison` takes them
@@ -678,9 +688,10 @@ def compare_systems(
         if of_system is first: continue
         paired = paired_comparison(first, of_system, resamples).rename(columns={"low": "difference_low", "high": "difference_high"})
         tables[name] = tables[name].join(paired[["difference", "difference_low", "difference_high", "p"]])
-    return pd.concat(tables, names=["system", "metric"]).reset_index()
+    columns = ["system", "metric", "score", "low", "high", "difference", "difference_low", "difference_high", "p", "protocol"]
+    return pd.concat(tables, names=["system", "metric"]).reset_index().reindex(columns=columns)
 
-# %% ../nbs/02a_metrics.ipynb #02a-160
+# %% ../nbs/02a_metrics.ipynb #02a-164
 def over_seeds(
     scores: list[dict[str, float]], # of each seed, from `nlg_scores`
 ) -> pd.DataFrame:                  # a row for each metric: mean, std (of single runs, n - 1; NaN for one), min, max, seeds
@@ -688,7 +699,7 @@ def over_seeds(
     if not scores or any(s.keys() != scores[0].keys() for s in scores): raise ValueError("give the same metrics of every seed, and at least one seed")
     return pd.DataFrame(scores).agg(["mean", "std", "min", "max"]).T.assign(seeds=len(scores))
 
-# %% ../nbs/02a_metrics.ipynb #02a-164
+# %% ../nbs/02a_metrics.ipynb #02a-168
 SOURCES = {
     "CvT2DistilGPT2": "Nicolson et al. 2023, Artificial Intelligence in Medicine 144:102633",
     "R2Gen": "Chen et al. 2020, EMNLP",
@@ -709,7 +720,7 @@ PUBLISHED = { # task: rows of (system, n, protocol of the labels, averaging of c
         ("R2GenCMN", None, CHEN, None, (.475, .309, .222, .170, .191, .375)),
         ("M2 Transformer Progressive", None, UNKNOWN, None, (.486, .317, .232, .173, .192, .390))]}
 
-# %% ../nbs/02a_metrics.ipynb #02a-165
+# %% ../nbs/02a_metrics.ipynb #02a-169
 def published(
     task: str,     # name of a task
 ) -> pd.DataFrame: # a row for each system: n, scores, averaging of the clinical ones, protocol, source; empty for other tasks
