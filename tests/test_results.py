@@ -1,6 +1,9 @@
-"Results: which checkpoint, which settings, tested once; controls, degenerate models, data sets that allow less."
+"Results: which checkpoint or file, which settings, tested once; controls, degenerate models, comparisons, CheXbert, data sets that allow less."
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,12 +14,15 @@ import torch
 from PIL import Image
 
 from cvt2distilgpt2 import results
-from cvt2distilgpt2.metrics import MeteorError
-from cvt2distilgpt2.phantom import FINDINGS, draw, finding_scores, sample_phantom
-from cvt2distilgpt2.results import (_finding_draws, all_reports, as_trained, evaluate, find_run, finding_table, image_features, main,
-                                    nearest_reports, open_evaluation, reports_once, results_folder, score_table, system_statistics)
+from cvt2distilgpt2.clinical import OBSERVATIONS, clinical_scores, class_confusion, finding_table, label_table, load_chexbert, positives
+from cvt2distilgpt2.metrics import METRICS, MeteorError, make_protocol, paired_comparison, report_statistics, shuffled, shuffled_scores
+from cvt2distilgpt2.phantom import FINDINGS, Finding, draw, finding_scores, sample_phantom
+from cvt2distilgpt2.results import (as_trained, control_reports, drawn_findings, evaluate, find_run, image_features, main, nearest_reports, open_evaluation,
+                                    read_others, reports_once, results_folder, score_systems, score_table)
 from cvt2distilgpt2.tasks import Study, get_task, open_task, write_annotation
-from cvt2distilgpt2.train import finding_targets, make_model
+from cvt2distilgpt2.train import make_model
+from test_clinical import VOCABULARY, made_up_weights, save
+from test_notebooks import papermill
 from trees import make_mimic
 
 torch.set_num_threads(1)
@@ -52,10 +58,10 @@ def make_run(task, name: str = "first") -> Path:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch) -> Path:
-    "Give every test a place of its own for runs, and leave out METEOR, whose start takes seconds."
-    def none(): raise FileNotFoundError("left out by the test")
+    "Give every test a place of its own for runs, and leave out METEOR and the PTB tokenizer, whose start takes seconds."
+    def none(*files): raise FileNotFoundError("left out by the test")
     monkeypatch.setenv("CVT2DISTILGPT2_HOME", str(tmp_path))
-    monkeypatch.setattr("cvt2distilgpt2.metrics.meteor_command", none)
+    monkeypatch.setattr("cvt2distilgpt2.metrics.java_command", none)
     return tmp_path
 
 
@@ -157,9 +163,13 @@ def test_whole(run, folder, task, capsys):
     known = json.loads((run/"results.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
     assert {"weights_sha256", "settings", "code", "data", "versions", "hardware", "scores", "diversity", "findings", "degenerate", "summary"} <= known.keys()
     assert known["settings"]["beams"] == 2 and known["data"]["test"] == 6
-    for words in ("this model", "nearest training study", "one report for all", "shuffled over patients", "micro", "Not for clinical use"): assert words in said
+    for words in ("this model", "nearest training study", "one report for all", "most frequent training report", "shuffled over patients", "micro",
+                  "Not for clinical use"): assert words in said
     scores = pd.read_csv(run/"results.csv")
-    assert scores.system.nunique() == 4 and scores.metric.nunique() == 7 and (scores.protocol == "raw: reports as written").all()
+    assert scores.system.nunique() == 5 and scores.metric.nunique() == 7 and (scores.protocol == "raw").all()
+    each = pd.read_csv(run/"scores_per_report.csv")
+    assert list(each.id) == list(table.id) and {"words", "reference_words", "finding_f1", *METRICS} <= set(each)
+    assert each.cider.mean() == pytest.approx(scores.set_index(["system", "metric"]).score["this model", "cider"])
 
 
 def test_a_second_call_reads(task, run, monkeypatch):
@@ -224,24 +234,28 @@ def test_model_that_is_right(task, run, monkeypatch):
     said = evaluate(open_evaluation(task))
     known = json.loads((run/"results.json").read_text())
     ours = {s["metric"]: s["score"] for s in known["scores"] if s["system"] == "this model"}
-    assert known["degenerate"] == [] and "degenerate" not in said and "better than copying" in said
-    assert ours["bleu_4"] == ours["rouge_l"] == pytest.approx(1) and ours["meteor"] is None # left out, not 0
+    assert known["degenerate"] == [] and "degenerate" not in said and "nearest training study is worse than this model" in said
+    assert [ours["bleu_4"], ours["rouge_l"]] == pytest.approx([1, 1]) and ours["meteor"] is None # left out, not 0
     micro = next(f for f in known["findings"] if f["finding"] == "micro")
     assert micro["f1"] == micro["f1_low"] == micro["f1_placed"] == 1 > micro["f1_shuffled"]
 
 
-def test_intervals_of_findings_against_resampled_studies():
+def test_findings_are_those_drawn():
     studies = phantoms(dict(test=30))
     reports = [s.report for s in studies[::2] for _ in range(2)] # every second one is another patient's
-    said = np.array([[t in {f.type for f in results.parse_report(r)} for t in FINDINGS] for r in reports], int)
-    draws = _finding_draws(finding_targets(studies).int().numpy(), said, resamples=5)
-    times = np.random.default_rng(0).multinomial(30, np.full(30, 1/30), 5)
-    for row, count in enumerate(times):
-        drawn = np.repeat(np.arange(30), count)
-        expected = finding_scores([reports[i] for i in drawn], [[results.Finding(f["type"]) for f in studies[i].findings] for i in drawn])
-        for name in ("precision", "recall", "f1"): assert np.allclose(draws[name][row], expected[name])
-    table = finding_table(reports, studies)
+    table, drawn = finding_table(reports, drawn_findings(studies)), [[Finding(f["type"], f.get("side"), f.get("place")) for f in s.findings] for s in studies]
+    expected = finding_scores(reports, drawn)
+    for name in ("support", "precision", "recall", "f1"): assert np.allclose(table[name], expected.loc[table.index, name])
+    assert np.allclose(table.f1_placed, finding_scores(reports, drawn, detail=True).f1[table.index])
+    chance = [finding_scores(shuffled(reports, seed), drawn).f1 for seed in range(20)]
+    assert np.allclose(table.f1_shuffled, (sum(chance)/20)[table.index])
     assert (table.f1_low <= table.f1).all() and (table.f1 <= table.f1_high).all() and table.f1_low["micro"] < table.f1_high["micro"]
+
+
+def test_empty_reports_are_counted(task, run, monkeypatch):
+    write(monkeypatch, ["", " ", *(s.report for s in open_task(task)["test"][2:])])
+    said = evaluate(open_evaluation(task))
+    assert "2 of 6 reports are empty" in said and json.loads((run/"results.json").read_text())["diversity"]["generated"]["empty"] == 2
 
 
 # controls
@@ -260,13 +274,22 @@ def test_nearest_study(task, run):
     assert torch.allclose(first, second, atol=1e-5) and not torch.allclose(first, mixed[6], atol=1e-4)
 
 
-def test_shuffles_are_averaged(task, run, monkeypatch):
+def test_chance_is_that_of_20_shuffles(task, run, monkeypatch):
+    write(monkeypatch, [s.report for s in open_task(task)["test"]])
     evaluation = open_evaluation(task)
-    systems = all_reports(evaluation, reports_once(evaluation).assign(generated=[s.report for s in evaluation.studies["test"]]))
-    versions = systems["shuffled over patients"]
-    assert len(versions) == results.SHUFFLES and len({tuple(v) for v in versions}) > 1
-    every = system_statistics({"all": versions, **{str(i): [v] for i, v in enumerate(versions)}}, evaluation.references)
-    assert np.allclose(every["all"], np.mean([every[str(i)] for i in range(len(versions))], axis=0), equal_nan=True)
+    systems = control_reports(evaluation, reports_once(evaluation))
+    scores = score_table(*score_systems(systems, evaluation), task).set_index(["system", "metric"])
+    chance = shuffled_scores(systems["this model"], evaluation.as_written, 20, ("cider", "bleu_4"))
+    for metric, row in chance.iterrows(): assert list(scores.loc[("shuffled over patients", metric), ["score", "low", "high"]]) == pytest.approx([row["mean"], row.low, row.high])
+
+
+def test_controls_know_training_and_validation_alone(tmp_path, run):
+    studies = phantoms(dict(train=4, val=2, test=2))
+    texts = ["Common."]*2 + ["No edema."]*2 + ["No edema."]*2 + ["Common."]*2
+    task = get_task(str(write_task(tmp_path/"texts", [replace(s, report=t) for s, t in zip(studies, texts)])), **small)
+    evaluation = open_evaluation(task, run)
+    systems = control_reports(evaluation, reports_once(evaluation))
+    assert systems["most frequent training report"] == ["Common."]*2 and set(systems["one report for all"]) <= {"Common.", "No edema."}
 
 
 def test_several_references(tmp_path, monkeypatch):
@@ -276,14 +299,216 @@ def test_several_references(tmp_path, monkeypatch):
     make_run(task)
     write(monkeypatch, ["The lungs are clear."]*4)
     evaluation = open_evaluation(task)
-    scores = score_table(system_statistics(all_reports(evaluation, reports_once(evaluation)), evaluation.references), task)
+    scores = score_table(*score_systems(control_reports(evaluation, reports_once(evaluation)), evaluation), task)
     assert scores.set_index(["system", "metric"]).score["this model", "rouge_l"] == pytest.approx(1)
     assert [json.loads(others) for others in reports_once(evaluation).other_references] == [["The lungs are clear."]]*4
 
 
+# anyone's predictions
+
+def texts_only(path: Path, studies: list[Study]) -> Path:
+    "Write a task that has no images at all."
+    write_annotation([replace(s, image_path=("nowhere.png",)) for s in studies], path/"annotation.json")
+    return path
+
+
+def table(path: Path, reports: dict[str, str], columns=("id", "generated")) -> Path:
+    pd.DataFrame(reports.items(), columns=columns).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path: return texts_only(tmp_path/"texts", phantoms(dict(train=12, val=4, test=6)))
+
+
+@pytest.fixture
+def good(texts) -> dict[str, str]: return {s.id: s.report for s in phantoms(dict(train=12, val=4, test=6))[-6:]}
+
+
+def lines(*rows: str) -> bytes: return "\n".join(rows).encode()
+known = [f"s{i},Clear." for i in range(16, 22)]
+
+@pytest.mark.parametrize("content, said", [
+    (None, "predictions.csv does not exist"),
+    (b"", "is empty. It needs a header"),
+    (b"\n\n", "is empty"),
+    (lines("id,generated", *known[:-1]), "test studies without a report, 1: 's21'. Add them"),
+    (lines("id,generated"), "without a report, 6: 's16', 's17', 's18', 's19', 's20', 's21'."),
+    (lines("id,generated", *known, "s0,Clear.", "16,x"), "ids that are no test studies, 2: 's0' (line 8), '16' (line 9)"),
+    (lines("id,generated", *known, *(f"n{i},x" for i in range(12))), "no test studies, 12: 'n0' (line 8), 'n1' (line 9), 'n2' (line 10), 'n3' (line 11), 'n4' (line 12), "
+                                                                  "'n5' (line 13), 'n6' (line 14), 'n7' (line 15), 'n8' (line 16), 'n9' (line 17) and 2 more. Remove them"),
+    (lines("id,generated", *known, "s17,Edema."), "more than once, 1: 's17' (line 3, 8). Keep one"),
+    (lines("id,generated", *known[1:], 's16," \n"'), "empty reports, 1: 's16' (line 7). Fill them in"),
+    (lines("id,generated", *known[1:], "s16,No edema, no effusion."), "without just 2 fields, 1: line 7 (3). Put reports"),
+    (lines("id,generated", *known[1:], "s16"), "without just 2 fields, 1: line 7 (1)"),
+    (lines("study;text", "s16;Clear."), "has no column 'id'; there are: 'study;text'"),
+    (lines("id,text", *known), "has no column 'generated'; there are: 'id', 'text'. Say which"),
+    (lines("id,generated,generated", *(f"{k},x" for k in known)), "has 2 columns 'generated'"),
+    ("id,generated\ns16,Übersicht.".encode("latin-1"), "is not UTF-8 (byte 17). Save it as UTF-8"),
+    (lines("id,generated", *known[1:], 's16,"Clear.'), "from line 7: not CSV"),
+    (lines("id,generated", 's16,"Clear" heart.', *known[1:]), "from line 2: not CSV"),
+    (b"\x89PNG\r\n\x1a\n\x00", "is not UTF-8"),
+], ids=lambda v: v[:24].replace(" ", "-") if isinstance(v, str) else "")
+def test_bad_predictions_are_refused_whole(content, said, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "score_systems", lambda *args: pytest.fail("scored"))
+    path = tmp_path/"predictions.csv"
+    if content is not None: path.write_bytes(content)
+    with pytest.raises(SystemExit) as e: main(["--task", str(texts), "--predictions", str(path)])
+    assert said in str(e.value) and not list(tmp_path.rglob("results.*"))
+    good = table(tmp_path/"good.csv", {f"s{i}": "Clear." for i in range(16, 22)})
+    with pytest.raises(SystemExit) as e: main(["--task", str(texts), "--predictions", str(good), "--compare", str(path)])
+    assert said in str(e.value)
+
+
+def test_all_problems_of_a_file_are_listed_at_once(texts, tmp_path):
+    path = tmp_path/"bad.csv"
+    path.write_bytes(lines("id,generated", "s16,", "s17,a,b", "s18,x", "s18,y", "s99,z"))
+    with pytest.raises(ValueError) as e: open_evaluation(get_task(str(texts)), predictions=path)
+    assert len(str(e.value).splitlines()) == 6 and "6 test studies, so nothing was scored" in str(e.value)
+
+
+def test_predictions_without_model_or_images(texts, good, home, monkeypatch, capsys):
+    for name in ("load_model", "prepare", "generate_reports", "nearest_reports", "image_features"):
+        monkeypatch.setattr(results, name, lambda *args: pytest.fail("asked for a model or images"))
+    path = table(home/"their reports.csv", good, ("study", "text"))
+    main(["--task", str(texts), "--predictions", str(path), "--id_column", "study", "--report_column", "text"])
+    said, known = capsys.readouterr().out, json.loads((home/"runs"/"texts"/"test_of_their_reports"/"results.json").read_text())
+    assert "how they came about is not known" in said and "A nearest-neighbour control needs the model" in said and "degenerate" not in said
+    assert {s["system"] for s in known["scores"]} == {"this model", "one report for all", "most frequent training report", "shuffled over patients"}
+    assert known["predictions_sha256"] and "checkpoint" not in known and "seed" not in known and known["settings"]["columns"] == ["study", "text"]
+    assert next(s["score"] for s in known["scores"] if s["metric"] == "bleu_4") == pytest.approx(1)
+
+
+def test_another_file_does_not_replace_an_earlier_test(texts, good, home):
+    task, path = get_task(str(texts)), table(home/"theirs.csv", good)
+    evaluate(open_evaluation(task, predictions=path))
+    before = (home/"runs"/"texts"/"test_of_theirs"/"results.json").read_bytes()
+    (home/"copy").mkdir()
+    evaluate(open_evaluation(task, predictions=shutil.copy(path, home/"copy"))) # the same reports, wherever they lie
+    table(path, {**good, "s16": "Edema."})
+    with pytest.raises(ValueError, match="predictions_sha256.*give a file another name"): open_evaluation(task, predictions=path)
+    shutil.copy(home/"copy"/"theirs.csv", path)
+    with pytest.raises(ValueError, match="'profile': .'raw', 'chen'"): open_evaluation(replace(task, profile="chen", style="iu_x_ray"), predictions=path)
+    assert before[:40] == (home/"runs"/"texts"/"test_of_theirs"/"results.json").read_bytes()[:40]
+
+
+def test_ids_and_reports_are_text(tmp_path):
+    ids, reports = ["007", "NA", "None", "1e3", " 7", "null"], ["NA", "None", "nan", 'two\r\nlines, "quoted"', "1.0", "é."]
+    studies = [replace(s, id=i) for s, i in zip(phantoms(dict(test=6)), ids)]
+    task = get_task(str(texts_only(tmp_path/"ids", studies)))
+    path = table(tmp_path/"theirs.csv", dict(reversed([*zip(ids, reports)])))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes()) # as Excel saves
+    read = reports_once(open_evaluation(task, predictions=path))
+    assert list(read.id) == ids and list(read.generated) == reports
+    with pytest.raises(ValueError, match="without a report, 1: '007'.*\n.*no test studies, 1: '7'"):
+        open_evaluation(task, predictions=table(tmp_path/"other.csv", dict(zip(["7", *ids[1:]], reports))))
+
+
+def test_checkpoint_and_predictions_are_not_one_page(task, run, folder, home):
+    with pytest.raises(ValueError, match="not both"): open_evaluation(task, run, predictions="x.csv")
+    with pytest.raises(SystemExit, match="not both"): main(["--task", str(folder), "--checkpoint", str(run), "--predictions", "x.csv"])
+
+
+def test_one_report_for_590_studies_is_called_degenerate(tmp_path):
+    studies = phantoms(dict(train=8, val=4, test=590))
+    task = get_task(str(texts_only(tmp_path/"many", studies)))
+    said = evaluate(open_evaluation(task, predictions=table(tmp_path/"one.csv", {s.id: "The lungs are clear." for s in studies[12:]})))
+    assert "This model is degenerate" in said and "one and the same report for all 590 studies" in said and "the most frequent one 100.0% of all" in said
+    assert "other patients" in said and "none is reported rightly" in said
+
+
+def test_own_predictions_as_a_file_give_the_same_scores(task, run, folder, home):
+    evaluate(open_evaluation(task))
+    evaluate(open_evaluation(task, predictions=run/"predictions_test.csv"))
+    own, file = (json.loads((path/"results.json").read_text()) for path in (run, home/"runs"/"few"/"test_of_predictions_test"))
+    without = [s for s in own["scores"] if s["system"] != "nearest training study"]
+    assert without == file["scores"] and len(without) == 28 < len(own["scores"])
+    for name in ("protocols", "diversity", "findings", "degenerate", "data"): assert own[name] == file[name]
+    each = [pd.read_csv(path/"scores_per_report.csv") for path in (run, home/"runs"/"few"/"test_of_predictions_test")]
+    assert each[0].equals(each[1])
+
+
+def test_annotation_is_needed(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="iu_x_ray/annotation.json, which is not there.*Open-i"): main(["--task", "iu_x_ray", "--predictions", "x.csv"])
+
+
+# side by side
+
+def test_compared_runs_are_paired_by_study(texts, good, home, capsys):
+    ours = {i: r if n % 2 else "The lungs are clear." for n, (i, r) in enumerate(good.items())}
+    a, b = table(home/"a.csv", dict(reversed(ours.items()))), table(home/"b.csv", good)
+    main(["--task", str(texts), "--predictions", str(a), "--compare", f"{b},{a}"])
+    references = {s.id: s.report for s in phantoms(dict(train=12, val=4, test=6))}
+    protocol = make_protocol("raw")
+    first, second = (report_statistics({i: r[i] for i in good}, {i: references[i] for i in good}, protocol=protocol) for r in (ours, good))
+    expected = paired_comparison(first, second)
+    known = json.loads((home/"runs"/"texts"/"test_of_a"/"results.json").read_text())
+    rows = {(r["system"], r["metric"]): r for r in known["comparison"]}
+    for metric, row in expected.drop("meteor").iterrows():
+        found = rows[str(b), metric]
+        assert [found[n] for n in ("score", "difference", "difference_low", "difference_high", "p")] == pytest.approx([row.second, row.difference, row.low, row.high, row.p])
+        assert rows[str(a), metric]["difference"] == 0 and rows["this model", metric]["difference"] is None
+    said = capsys.readouterr().out
+    assert f"{b} is better than this model" in said and f"{a} is not to be told from this model" in said and known["seeds"] is None
+
+
+def test_seeds_of_one_recipe(task, run, home):
+    others = [make_run(replace(task, seed=seed), f"seed{seed}") for seed in (1, 2)]
+    with pytest.raises(FileNotFoundError, match="seed1 holds no predictions_test.csv; test it first"): read_others([str(others[0])], open_evaluation(task, run))
+    for other in others: evaluate(open_evaluation(task, other))
+    evaluation = open_evaluation(task, run)
+    said = evaluate(evaluation, read_others([*map(str, others)], evaluation))
+    known = json.loads((run/"results.json").read_text())
+    ciders = [next(s["score"] for s in json.loads((r/"results.json").read_text())["scores"] if s["metric"] == "cider") for r in (run, *others)]
+    row, = (r for r in known["seeds"] if r["metric"] == "cider")
+    assert [row["mean"], row["std"], row["seeds"]] == pytest.approx([np.mean(ciders), np.std(ciders, ddof=1), 3]) and "seeds of one recipe" in said
+    assert not results.same_recipe([run, home]) and not results.same_recipe([run, run])
+    make_run(replace(task, seed=3, lr=.1), "other")
+    assert not results.same_recipe([run, run.parent/"other"])
+
+
+def test_empty_reports_of_a_run_are_compared(task, run, monkeypatch):
+    write(monkeypatch, [""] + ["The lungs are clear."]*5)
+    evaluation = open_evaluation(task)
+    reports_once(evaluation)
+    assert read_others(str(run), evaluation)[str(run)][0] == ""
+    with pytest.raises(ValueError, match="empty reports, 1"): read_others(str(run/"predictions_test.csv"), evaluation)
+    with pytest.raises(ValueError, match="twice"): read_others(f"{run}, {run}", evaluation)
+
+
+# CheXbert
+
+def test_chexbert_gives_its_tables(texts, good, home, capsys):
+    weights = save(made_up_weights(), home/"chexbert.pth")
+    (home/"vocab.txt").write_text("\n".join(VOCABULARY))
+    reports = {i: "There is edema. The heart is normal." if n % 2 else text for n, (i, text) in enumerate(good.items())}
+    arguments = ["--task", str(texts), "--predictions", str(table(home/"theirs.csv", reports)), "--chexbert", str(weights), "--vocabulary", str(home/"vocab.txt")]
+    main(arguments)
+    labeller = load_chexbert(weights, home/"vocab.txt", "cpu")
+    truth, said = labeller(list(good.values())), labeller(list(reports.values()))
+    known = json.loads((home/"runs"/"texts"/"test_of_theirs"/"results.json").read_text())
+    written = lambda frame: json.loads(frame.to_json(orient="records", double_precision=15))
+    assert known["clinical"] == written(clinical_scores(truth, said))
+    assert known["observations"] == written(label_table(positives(truth), positives(said), OBSERVATIONS).rename_axis("observation").reset_index())
+    assert known["confusion"] == written(class_confusion(truth, said).reset_index())
+    each = pd.read_csv(home/"runs"/"texts"/"test_of_theirs"/"scores_per_report.csv")
+    assert each.chexbert_f1.mean() >= next(r["score"] for r in known["clinical"] if r["average"] == "example" and r["metric"] == "f1") - 1e-9
+    assert "CheXbert, 14 observations: F1 by example" in capsys.readouterr().out and (home/"runs"/"texts"/"chexbert_labels.json").exists()
+
+
+@pytest.mark.parametrize("weights, vocabulary, said", [("nowhere.pth", "vocab.txt", "Checkpoint download"), ("chexbert.pth", "nowhere.txt", "nowhere.txt does not exist")])
+def test_chexbert_that_is_not_there(weights, vocabulary, said, texts, good, home, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    save(made_up_weights(), home/"chexbert.pth")
+    (home/"vocab.txt").write_text("\n".join(VOCABULARY))
+    arguments = ["--task", str(texts), "--predictions", str(table(home/"theirs.csv", good))]
+    with pytest.raises(SystemExit, match=said): main([*arguments, "--chexbert", str(home/weights), "--vocabulary", str(home/vocabulary)])
+    assert not (home/"runs"/"texts"/"test_of_theirs").exists()
+
+
 # data sets that allow less
 
-@pytest.mark.parametrize("n, systems", [(dict(train=4, val=2, test=1), 3), (dict(test=4), 2), (dict(train=4, test=3), 3), (dict(test=1), 1)])
+@pytest.mark.parametrize("n, systems", [(dict(train=4, val=2, test=1), 4), (dict(test=4), 2), (dict(train=4, test=3), 4), (dict(test=1), 1)])
 def test_small_data(tmp_path, run, n, systems):
     studies = phantoms(n)
     if "val" not in n: studies = [replace(s, findings=None) for s in studies]
@@ -303,7 +528,7 @@ def test_nothing_to_test(tmp_path, run):
 def test_no_findings_at_all(task, run, monkeypatch):
     "Normal studies only: nothing to find, nothing to divide by."
     normal = [replace(s, findings=()) for s in phantoms(dict(test=3))]
-    table = finding_table(["The lungs are clear."]*3, normal)
+    table = finding_table(["The lungs are clear."]*3, drawn_findings(normal))
     assert table.support["micro"] == 0 and (table.f1 == 0).all() and results._of_findings(table) == "No finding was drawn in these studies."
 
 
@@ -315,7 +540,11 @@ def test_published_task(tmp_path):
     scores = pd.read_csv(run/"results.csv")
     row = scores.set_index(["system", "metric"]).loc[("CvT2DistilGPT2", "bleu_4")]
     assert row.score == .1269 and row.n == 3858 and np.isnan(row.low) and "Nicolson" in row.source
-    assert set(scores[scores.source == "this test"].protocol) == {"chen: words seen 3 times, 60 words"}
+    assert set(scores[scores.source == "this test"].protocol) == {"chen"}
+    protocols = {p["protocol"]: p for p in json.loads((run/"results.json").read_text())["protocols"]}
+    ours = scores.set_index(["system", "metric"]).score["this model"]
+    assert list(protocols) == ["chen", "r2gen", "coco", "raw"] and protocols["chen"]["bleu_4"] == pytest.approx(ours["bleu_4"])
+    assert "left out by the test" in protocols["coco"]["missing"] and protocols["coco"]["bleu_4"] is None
     references = pd.read_csv(run/"predictions_test.csv").reference
     assert references.str.contains("<unk>").any() and references.str.islower().all() and "R2GenCMN" in said
 
@@ -330,3 +559,25 @@ def test_with_meteor(task, run, monkeypatch):
     evaluate(open_evaluation(task))
     scores = pd.read_csv(run/"results.csv").set_index(["metric", "system"])
     assert len(starts) == 1 and scores.score["meteor"].notna().all() and scores.score["meteor", "nearest training study"] > 0.05
+
+
+@pytest.mark.full
+def test_page_of_predictions(tmp_path):
+    "The notebook on two files, one of them compared, without images; then on one that lacks a study."
+    studies = phantoms(dict(train=12, val=4, test=6))
+    texts_only(tmp_path/"texts", studies)
+    good = {s.id: s.report for s in studies[-6:]}
+    a, b = table(tmp_path/"a.csv", good), table(tmp_path/"b.csv", dict(zip(good, [*good.values()][::-1])))
+    done = papermill("04_results", tmp_path/"out.ipynb", tmp_path, task=str(tmp_path/"texts"), predictions=str(a), compare=str(b))
+    assert done.returncode == 0, done.stderr[-3000:]
+    page, known = (tmp_path/"out.ipynb").read_text(), json.loads((tmp_path/"runs"/"texts"/"test_of_a"/"results.json").read_text())
+    assert "No images are at hand" in page and "No model" in page
+    folder = tmp_path/"runs"/"texts"/"test_of_a"
+    (folder/"results.json").rename(tmp_path/"by_notebook.json")
+    command = [sys.executable, "-m", "cvt2distilgpt2.results", "--task", str(tmp_path/"texts"), "--predictions", str(a), "--compare", str(b)]
+    subprocess.run(command, check=True, env={**os.environ, "CVT2DISTILGPT2_HOME": str(tmp_path)}, capture_output=True)
+    again = json.loads((folder/"results.json").read_text())
+    for name in ("scores", "protocols", "comparison", "diversity", "findings", "degenerate", "summary"): assert again[name] == known[name]
+    table(tmp_path/"c.csv", dict([*good.items()][1:]))
+    done = papermill("04_results", tmp_path/"out.ipynb", tmp_path, task=str(tmp_path/"texts"), predictions=str(tmp_path/"c.csv"))
+    assert done.returncode != 0 and "test studies without a report, 1: 's16'" in done.stderr
