@@ -242,13 +242,14 @@ def test_model_that_is_right(task, run, monkeypatch):
 
 def test_findings_are_those_drawn():
     studies = phantoms(dict(test=30))
-    reports = [s.report for s in studies[::2] for _ in range(2)] # every second one is another patient's
+    reports = [s.report.replace("left", "right") for s in studies[::2] for _ in range(2)] # every second one is another patient's, and sides are wrong
     table, drawn = finding_table(reports, drawn_findings(studies)), [[Finding(f["type"], f.get("side"), f.get("place")) for f in s.findings] for s in studies]
     expected = finding_scores(reports, drawn)
     for name in ("support", "precision", "recall", "f1"): assert np.allclose(table[name], expected.loc[table.index, name])
     assert np.allclose(table.f1_placed, finding_scores(reports, drawn, detail=True).f1[table.index])
     chance = [finding_scores(shuffled(reports, seed), drawn).f1 for seed in range(20)]
     assert np.allclose(table.f1_shuffled, (sum(chance)/20)[table.index])
+    assert table.f1_placed["micro"] < table.f1["micro"]
     assert (table.f1_low <= table.f1).all() and (table.f1 <= table.f1_high).all() and table.f1_low["micro"] < table.f1_high["micro"]
 
 
@@ -400,6 +401,10 @@ def test_ids_and_reports_are_text(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes()) # as Excel saves
     read = reports_once(open_evaluation(task, predictions=path))
     assert list(read.id) == ids and list(read.generated) == reports
+    numbers = [replace(s, id=f"00{i}") for i, s in enumerate(studies)]
+    task_of_numbers = get_task(str(texts_only(tmp_path/"numbers", numbers)))
+    read = reports_once(open_evaluation(task_of_numbers, predictions=table(tmp_path/"numbers.csv", {s.id: "1.0" for s in numbers})))
+    assert list(read.id) == [s.id for s in numbers] and set(read.generated) == {"1.0"}
     with pytest.raises(ValueError, match="without a report, 1: '007'.*\n.*no test studies, 1: '7'"):
         open_evaluation(task, predictions=table(tmp_path/"other.csv", dict(zip(["7", *ids[1:]], reports))))
 
