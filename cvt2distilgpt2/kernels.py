@@ -55,13 +55,13 @@ def attend(
 
 # %% ../nbs/01ba_kernels.ipynb #01ba-014
 @triton.jit
-def enter_kernel(new, row_stride, slots, keys, values, stride, beams, D: tl.constexpr):
-    "Write what one beam has for one head."
-    beam, head, heads, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1), tl.arange(0, D)
-    source = new + beam * row_stride + head * D + d
-    place = ((beam // beams) * heads + head) * stride + tl.load(slots + beam) * D + d
-    tl.store(keys + place, tl.load(source + heads * D))
-    tl.store(values + place, tl.load(source + 2 * heads * D))
+def enter_kernel(new, row_stride, slots, keys, values, stride, width, beams, D: tl.constexpr, WIDTH: tl.constexpr):
+    "Write what one beam has, head by head."
+    beam, x = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    place = (beam // beams * (width // D) + x // D) * stride + tl.load(slots + beam) * D + x % D
+    for which in tl.static_range(2):
+        entry = tl.load(new + beam * row_stride + (which + 1) * width + x, mask=x < width)
+        tl.store((keys if which == 0 else values) + place, entry, mask=x < width)
 
 
 def enter(
@@ -71,8 +71,8 @@ def enter(
     values: Tensor, # likewise
 ):
     "Write the keys and values of the last tokens into their slots."
-    images, beams, width = new.shape
-    enter_kernel[(images * beams, width // (3 * keys.shape[2]))](new, new.stride(1), slots, keys, values, keys.stride(0), beams, D=keys.shape[2])
+    (images, beams, width), d = new.shape, keys.shape[2]
+    enter_kernel[(images * beams,)](new, new.stride(1), slots, keys, values, keys.stride(0), width // 3, beams, D=d, WIDTH=triton.next_power_of_2(width // 3))
 
 # %% ../nbs/01ba_kernels.ipynb #01ba-018
 CHUNK, CHUNKS = 64, 64  # logits of which one maximum is kept; such chunks in a program

@@ -380,8 +380,8 @@ class CvT2DistilGPT2(ReportModel, GenerationMixin):
         request = choose_search(self, kwargs, "own" if dtype else search)
         self.searched = "own" if isinstance(request, Request) else f"transformers: {request}"
         if isinstance(request, Request): return search_images(self, pixel_values, view_mask, encoder_outputs, request, dtype)
-        if encoder_outputs is None: encoder_outputs = BaseModelOutput(self.encode(pixel_values, view_mask))
-        return super().generate(encoder_outputs=encoder_outputs, view_mask=view_mask, **kwargs)
+        visual = self.encode(pixel_values, view_mask) if encoder_outputs is None else encoder_outputs[0]
+        return super().generate(encoder_outputs=BaseModelOutput(visual), view_mask=view_mask, **kwargs) # repeats it for every beam, in place
 
     def report(self, studies: list, num_beams: int = 4, **kwargs) -> list[str]:
         "Write a report for each study, which is an image or a list of its views: pictures, arrays, or paths, also of DICOM files."

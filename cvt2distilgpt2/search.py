@@ -166,12 +166,11 @@ def take_slots(
 ) -> tuple[Tensor, Tensor]: # (images, beams), and (images,): from which slot on all are free
     "Give every beam the lowest slot that is free, and enter it as its own."
     beams, slots = unrelated.shape[1:]
-    number = torch.arange(1, slots + 1, device=unrelated.device)
+    number = torch.arange(1, slots + 1, dtype=torch.int32, device=unrelated.device)
     free = unrelated.isinf().all(1)                                 # (images, slots)
     taken = (free * (slots + 1 - number)).topk(beams).indices       # (images, beams)
     unrelated.scatter_(2, taken[:, :, None], 0.0)
-    used = torch.maximum((~free * number).amax(1), taken.amax(1) + 1)
-    return taken, used.int()
+    return taken, torch.maximum((~free * number).amax(1), taken.amax(1).int() + 1)
 
 
 def enter(
