@@ -6,8 +6,8 @@
 __all__ = ['OBSERVATIONS', 'FIVE', 'CLASSES', 'SOURCE', 'UNCERTAIN', 'SCORES', 'AVERAGES', 'OPTIONAL', 'CheXbert',
            'chexbert_config', 'read_chexbert', 'load_vocabulary', 'report_tokens', 'classify', 'fingerprint',
            'read_cache', 'write_cache', 'Labeller', 'load_chexbert', 'positives', 'ratios', 'label_statistics',
-           'label_scores', 'averages', 'label_table', 'clinical_scores', 'class_confusion', 'clinical_tables',
-           'finding_matrices', 'finding_table', 'study_f1', 'radeval_scores', 'optional_scores']
+           'label_scores', 'averages', 'label_table', 'clinical_scores', 'class_confusion', 'shuffled_f1',
+           'clinical_tables', 'finding_matrices', 'finding_table', 'study_f1', 'radeval_scores', 'optional_scores']
 
 # %% ../nbs/02b_clinical.ipynb #02b-002
 import hashlib
@@ -295,15 +295,26 @@ def class_confusion(
     return pd.DataFrame(np.concatenate(counts), pd.MultiIndex.from_product([names, CLASSES], names=["observation", "reference"]), CLASSES)
 
 # %% ../nbs/02b_clinical.ipynb #02b-091
+def shuffled_f1(
+    truth: np.ndarray,     # (N, C) bool
+    predicted: np.ndarray, # (N, C) bool
+    shuffles: int = 20,    # of the reports over the studies
+) -> np.ndarray:           # (C + 3,) of each observation, then of each of `AVERAGES`; NaN for one study
+    "Compute the mean F1 of reports on other patients."
+    if len(truth) < 2: return np.full(truth.shape[1] + len(AVERAGES), np.nan)
+    orders = [shuffled(list(range(len(truth))), seed) for seed in range(shuffles)]
+    return np.mean([label_scores(label_statistics(truth, predicted[order]).sum(0))[2] for order in orders], axis=0)
+
 def clinical_tables(
     truth: np.ndarray,     # (N, 14) places in `CLASSES`: labels of the references
     predicted: np.ndarray, # (N, 14): labels of the generated reports
-) -> dict[str, pd.DataFrame]: # clinical: `clinical_scores`; observations: `label_table`, uncertain as negative; confusion: `class_confusion`
+) -> dict[str, pd.DataFrame]: # clinical: `clinical_scores`; observations: `label_table`, uncertain as negative, and f1_shuffled; confusion: `class_confusion`
     "Score labels in every way that is common, and show what the scores are made of."
-    observations = label_table(positives(truth), positives(predicted), OBSERVATIONS)
+    positive = positives(truth), positives(predicted)
+    observations = label_table(*positive, OBSERVATIONS).assign(f1_shuffled=shuffled_f1(*positive))
     return dict(clinical=clinical_scores(truth, predicted), observations=observations, confusion=class_confusion(truth, predicted))
 
-# %% ../nbs/02b_clinical.ipynb #02b-095
+# %% ../nbs/02b_clinical.ipynb #02b-096
 def finding_matrices(
     generated: list[str],
     drawn: list[Iterable[Finding]],     # of each phantom
@@ -316,17 +327,13 @@ def finding_matrices(
 def finding_table(
     generated: list[str],
     drawn: list[Iterable[Finding]], # of each phantom
-    shuffles: int = 20,             # whose mean is f1_shuffled
 ) -> pd.DataFrame: # as `label_table`, without "example"; f1_placed, f1_shuffled (NaN for one study)
     "Score reports by what was drawn, beside the same reports shuffled over patients."
     truth, said = finding_matrices(generated, drawn)
-    chance = [shuffled(list(said), seed) for seed in range(shuffles if len(said) > 1 else 0)]
-    table = label_table(truth, said, FINDINGS)
-    table["f1_placed"] = finding_scores(generated, drawn, detail=True).f1
-    table["f1_shuffled"] = np.mean([label_scores(label_statistics(truth, np.array(rows)).sum(0))[2] for rows in chance], axis=0) if chance else np.nan
+    table = label_table(truth, said, FINDINGS).assign(f1_placed=finding_scores(generated, drawn, detail=True).f1, f1_shuffled=shuffled_f1(truth, said))
     return table.drop("example") # no name among these stands for normal
 
-# %% ../nbs/02b_clinical.ipynb #02b-102
+# %% ../nbs/02b_clinical.ipynb #02b-103
 def study_f1(
     truth: np.ndarray, # (N, C) bool: what is there
     said: np.ndarray,  # (N, C) bool: what the reports say
@@ -334,7 +341,7 @@ def study_f1(
     "Score each study on its own; nothing to say and nothing said is 1."
     return np.where((truth | said).any(1), label_statistics(truth, said)[:, -2], 1.)
 
-# %% ../nbs/02b_clinical.ipynb #02b-106
+# %% ../nbs/02b_clinical.ipynb #02b-107
 OPTIONAL = {"bertscore": "higher", "radgraph": "higher", "ratescore": "higher", "srrbert": "higher", "temporal": "higher", "radcliq": "lower"} # which is better
 
 def radeval_scores(
@@ -348,7 +355,7 @@ def radeval_scores(
     with warnings.catch_warnings():            # it switches all warnings off
         return radeval.RadEval(metrics=[metric], show_progress=False)(refs=references, hyps=predictions)
 
-# %% ../nbs/02b_clinical.ipynb #02b-107
+# %% ../nbs/02b_clinical.ipynb #02b-108
 def optional_scores(
     predictions: dict | list, # {id: report}, or reports in the order of `references`
     references: dict | list,  # {id: report} or {id: [reports]}, or a list of either; of several the first counts
