@@ -427,7 +427,7 @@ def diversity_table(
 
 # %% ../nbs/04_results.ipynb #04-089
 def readable_findings(
-    findings: pd.DataFrame, # from `finding_table`, or CheXbert's `label_table`
+    findings: pd.DataFrame, # from `finding_table`, or the observations of `clinical_tables`
 ) -> pd.DataFrame: # a row a finding
     "Write clinical scores as a table to be read."
     table = findings[["support", "predicted"]].copy()
@@ -542,8 +542,9 @@ def _of_chexbert(clinical: pd.DataFrame, observations: pd.DataFrame) -> str:
     f1 = clinical[(clinical.metric == "f1") & (clinical.observations == 14)].set_index(["uncertain", "average"])
     score = lambda *which: with_interval(*f1.loc[which, ["score", "low", "high"]])
     never = [name for name in OBSERVATIONS if observations.support[name] and not observations.f1[name]]
+    chance = observations.f1_shuffled
     return (f"CheXbert, 14 observations: F1 by example {score('negative', 'example')}, micro {score('negative', 'micro')}, macro {score('negative', 'macro')}; "
-            f"with uncertain as positive {score('positive', 'example')}, {score('positive', 'micro')}, {score('positive', 'macro')}."
+            f"shuffled over patients {chance['example']:.3f}, {chance['micro']:.3f}, {chance['macro']:.3f}; with uncertain as positive {score('positive', 'example')}, {score('positive', 'micro')}, {score('positive', 'macro')}."
             + (f" Never reported rightly: {', '.join(never)}." if never else "") + " CheXbert is a model and errs.")
 
 def _of_content(tables: dict[str, pd.DataFrame]) -> str:

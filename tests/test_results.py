@@ -494,7 +494,10 @@ def test_chexbert_gives_its_tables(texts, good, home, capsys):
     known = json.loads((home/"runs"/"texts"/"test_of_theirs"/"results.json").read_text())
     written = lambda frame: json.loads(frame.to_json(orient="records", double_precision=15))
     assert known["clinical"] == written(clinical_scores(truth, said))
-    assert known["observations"] == written(label_table(positives(truth), positives(said), OBSERVATIONS).rename_axis("observation").reset_index())
+    expected = written(label_table(positives(truth), positives(said), OBSERVATIONS).rename_axis("observation").reset_index())
+    assert [{n: v for n, v in row.items() if n != "f1_shuffled"} for row in known["observations"]] == expected
+    chance = [label_table(positives(truth), positives(said)[shuffled(list(range(6)), seed)], OBSERVATIONS, 2).f1 for seed in range(20)]
+    assert [row["f1_shuffled"] for row in known["observations"]] == pytest.approx(list(sum(chance)/20))
     assert known["confusion"] == written(class_confusion(truth, said).reset_index())
     each = pd.read_csv(home/"runs"/"texts"/"test_of_theirs"/"scores_per_report.csv")
     assert each.chexbert_f1.mean() >= next(r["score"] for r in known["clinical"] if r["average"] == "example" and r["metric"] == "f1") - 1e-9
