@@ -55,6 +55,14 @@ def test_the_best_words(dtype, words):
         assert torch.allclose(best, own, atol=1e-5) and all(len(set(row)) == 8 for row in token.tolist())
 
 
+def test_a_machine_that_cannot_build_them_is_told(monkeypatch):
+    def fail(*args): raise RuntimeError("no C compiler")
+    monkeypatch.setattr(kernels, "enter", fail)
+    kernels.build.cache_clear()
+    with pytest.warns(UserWarning, match="does without.*no C compiler"): assert not kernels.build(torch.device(DEVICE))
+    kernels.build.cache_clear()
+
+
 def test_where_they_do_not_serve():
     assert not kernels.serve(torch.device("cpu"), torch.float32, 64)
     assert search.usual_tools(search.Decoder(1, torch.float32, torch.zeros(3, 16), None, [], None, None)) == search.Tools()
