@@ -200,6 +200,7 @@ def check_earlier(evaluation: Evaluation) -> None:
     if pairs: raise ValueError(f"{evaluation.folder} holds a test made otherwise (then, now): {pairs}. A checkpoint or a file is tested once; "
                                f"to test it again, move predictions_test.csv, nearest_test.csv and results.json away, or give a file another name")
 
+# %% ../nbs/04_results.ipynb #04-028
 def open_evaluation(
     task: Task,
     checkpoint: str | Path | None = None,  # None: the newest finished run, unless there are predictions
@@ -208,12 +209,13 @@ def open_evaluation(
     columns: tuple[str, str] = ("id", "generated"), # of that file
 ) -> Evaluation:
     "Open what is scored and against what; raises as `open_checkpoint`, `open_predictions` and `check_earlier` do, `ValueError` for both at once."
-    if checkpoint and predictions: raise ValueError(f"give a checkpoint ({checkpoint}) or predictions ({predictions}), not both: one page is about one of them; the other may go to compare")
+    if checkpoint and predictions:
+        raise ValueError(f"give a checkpoint ({checkpoint}) or predictions ({predictions}), not both: one page is about one of them; the other may go to compare")
     evaluation = open_predictions(task, predictions, columns) if predictions else open_checkpoint(task, checkpoint, given)
     check_earlier(evaluation)
     return evaluation
 
-# %% ../nbs/04_results.ipynb #04-032
+# %% ../nbs/04_results.ipynb #04-033
 def read_others(
     compare: str | list[str] | None, # runs or predictions files; a string may name several, commas between them
     evaluation: Evaluation,          # its file's columns are those of the other files
@@ -226,7 +228,8 @@ def read_others(
         run = Path(place).is_dir()
         path = Path(place)/"predictions_test.csv" if run else place
         if run and not path.exists():
-            raise FileNotFoundError(f"{place} holds no predictions_test.csv; test it first: papermill nbs/04_results.ipynb out.ipynb -p task {evaluation.task.name} -p checkpoint {place}")
+            raise FileNotFoundError(f"{place} holds no predictions_test.csv; test it first: papermill nbs/04_results.ipynb out.ipynb "
+                                    f"-p task {evaluation.task.name} -p checkpoint {place}")
         others[place] = list(read_predictions(path, ids, *(() if run else evaluation.columns), empty=run).values())
     return others
 
@@ -238,7 +241,7 @@ def open_labeller(
     "Load CheXbert, its labels kept beside the task's runs; raises as `load_chexbert` does."
     return load_chexbert(chexbert, vocabulary, cache=project_root()/"runs"/task.name/"chexbert_labels.json") if chexbert else None
 
-# %% ../nbs/04_results.ipynb #04-037
+# %% ../nbs/04_results.ipynb #04-038
 def _batches(evaluation: Evaluation, studies: list[Study], text: str) -> Iterator[dict[str, torch.Tensor]]:
     "Yield batches of `studies` on the model's device, under a progress bar."
     task = evaluation.task
@@ -251,7 +254,7 @@ def _autocast(evaluation: Evaluation) -> torch.autocast:
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(evaluation.task.precision)
     return torch.autocast(evaluation.model.device.type, kind, enabled=kind is not None)
 
-# %% ../nbs/04_results.ipynb #04-038
+# %% ../nbs/04_results.ipynb #04-039
 @torch.no_grad()
 def generate_reports(
     evaluation: Evaluation, # with a model
@@ -265,7 +268,7 @@ def generate_reports(
             reports += decode_reports(model.tokenizer, ids)
     return reports
 
-# %% ../nbs/04_results.ipynb #04-043
+# %% ../nbs/04_results.ipynb #04-044
 @torch.no_grad()
 def image_features(
     evaluation: Evaluation, # with a model
@@ -287,7 +290,7 @@ def nearest_reports(
     similar = image_features(evaluation, studies) @ image_features(evaluation, known).T # (n, training studies)
     return [evaluation.protocol.label(known[i].report) for i in similar.argmax(1).tolist()]
 
-# %% ../nbs/04_results.ipynb #04-048
+# %% ../nbs/04_results.ipynb #04-049
 def _write_json(path: Path, content: dict) -> None:
     "Write a file whole or not at all."
     part = path.with_name(path.name + ".part")
@@ -303,7 +306,7 @@ def _write_reports(evaluation: Evaluation) -> None:
     if evaluation.model is not None and evaluation.studies["train"]: save("nearest_test.csv", nearest_reports(evaluation, test))
     _write_json(folder/"results.json", made_with(evaluation) | dict(written=f"{datetime.now():%Y-%m-%d %H:%M}", seconds=round(time.time() - began)))
 
-# %% ../nbs/04_results.ipynb #04-049
+# %% ../nbs/04_results.ipynb #04-050
 def reports_once(
     evaluation: Evaluation, # from `open_evaluation`, which refuses another test in the same folder
 ) -> pd.DataFrame: # id, reference, generated and, where there are model and training studies, nearest
@@ -314,7 +317,7 @@ def reports_once(
     tables = [pd.read_csv(f, dtype=str, keep_default_na=False) for f in files] # "" and "None" are reports, too
     return tables[0].assign(**{"nearest": t.generated for t in tables[1:]})
 
-# %% ../nbs/04_results.ipynb #04-054
+# %% ../nbs/04_results.ipynb #04-055
 OURS = "this model" # whatever wrote the reports that the page is about
 CONTROLS = ("nearest training study", "one report for all", "most frequent training report") # the one that knows most comes first
 SHUFFLES = 20       # one shuffle is luck
@@ -332,7 +335,7 @@ def control_reports(
     if train: systems[frequent] = most_frequent_reports(train)*n
     return systems
 
-# %% ../nbs/04_results.ipynb #04-058
+# %% ../nbs/04_results.ipynb #04-059
 def score_systems(
     systems: dict[str, list[str]], # from `control_reports`, and others
     evaluation: Evaluation,
@@ -344,7 +347,7 @@ def score_systems(
         chance = shuffled_scores(systems[OURS], references, SHUFFLES, protocol=protocol, meteor=meteor) if len(references) > 1 else None
     return statistics, chance
 
-# %% ../nbs/04_results.ipynb #04-062
+# %% ../nbs/04_results.ipynb #04-063
 def score_table(
     statistics: dict[str, pd.DataFrame], # system: its `report_statistics`
     chance: pd.DataFrame | None,         # of shuffled reports
@@ -357,7 +360,7 @@ def score_table(
     theirs = published(task.name).reset_index().melt(["system", "n", "protocol", "source"], list(METRICS), "metric", "score").dropna(subset="score")
     return pd.concat([ours, theirs]) if len(theirs) else ours
 
-# %% ../nbs/04_results.ipynb #04-063
+# %% ../nbs/04_results.ipynb #04-064
 def readable(
     scores: pd.DataFrame, # from `score_table`
 ) -> pd.DataFrame: # a row a system
@@ -367,7 +370,7 @@ def readable(
     table = text.pivot(index="system", columns="metric", values="text").reindex(index=about.index, columns=METRICS).fillna("")
     return table.join(about[["n", "protocol", "source"]].astype({"n": "Int64"}))
 
-# %% ../nbs/04_results.ipynb #04-067
+# %% ../nbs/04_results.ipynb #04-068
 def protocol_table(
     evaluation: Evaluation,
     generated: list[str],
@@ -377,7 +380,7 @@ def protocol_table(
     protocols = [make_protocol(name, style, train) for name in PROTOCOLS if name not in PROFILES or (style and train)]
     return score_protocols(generated, evaluation.as_written, protocols, ("bleu_1", "bleu_4", "rouge_l", "cider"))
 
-# %% ../nbs/04_results.ipynb #04-072
+# %% ../nbs/04_results.ipynb #04-073
 def report_scores(
     reports: pd.DataFrame,    # from `reports_once`
     statistics: pd.DataFrame, # their `report_statistics`
@@ -388,7 +391,7 @@ def report_scores(
     table = pd.DataFrame({"id": reports.id, "words": count(reports.generated), "reference_words": count(reports.reference)})
     return table.join(per_report(statistics).reset_index(drop=True)).assign(**clinical)
 
-# %% ../nbs/04_results.ipynb #04-073
+# %% ../nbs/04_results.ipynb #04-074
 def drawn_findings(
     studies: list[Study], # of a test
 ) -> list[list[Finding]] | None: # of each study; None: they are not phantoms, or not known
@@ -415,7 +418,7 @@ def chexbert_labels(
     "Label references and reports by CheXbert, each different text once."
     return labeller([first for first, *_ in evaluation.labels("test")]), labeller(generated)
 
-# %% ../nbs/04_results.ipynb #04-082
+# %% ../nbs/04_results.ipynb #04-083
 def diversity_table(
     evaluation: Evaluation,
     reports: pd.DataFrame, # from `reports_once`
@@ -425,7 +428,7 @@ def diversity_table(
     rows = {name: diversity(list(reports[name]), train) | dict(empty=sum(not text.strip() for text in reports[name])) for name in ("generated", "reference")}
     return pd.DataFrame(rows).T
 
-# %% ../nbs/04_results.ipynb #04-089
+# %% ../nbs/04_results.ipynb #04-090
 def readable_findings(
     findings: pd.DataFrame, # from `finding_table`, or the observations of `clinical_tables`
 ) -> pd.DataFrame: # a row a finding
@@ -434,7 +437,7 @@ def readable_findings(
     for name in ("precision", "recall", "f1"): table[name] = [with_interval(*row) for row in findings[[name, f"{name}_low", f"{name}_high"]].to_numpy()]
     return table.join(findings.filter(["f1_placed", "f1_shuffled"]).round(3))
 
-# %% ../nbs/04_results.ipynb #04-094
+# %% ../nbs/04_results.ipynb #04-095
 def readable_clinical(
     clinical: pd.DataFrame, # `clinical_scores`
     task: Task,
@@ -443,12 +446,12 @@ def readable_clinical(
     text = clinical.assign(text=[with_interval(*row) for row in clinical[["score", "low", "high"]].to_numpy()], column=clinical.metric + " " + clinical.average)
     ours = text.pivot(index=["observations", "uncertain"], columns="column", values="text")
     ours.index = [f"{OURS}: {n} observations, uncertain as {way}" for n, way in ours.index]
-    theirs = published(task.name).rename(columns={f"ce_{n}": f"{n} example" for n in ("precision", "recall", "f1")} | {f"ce_f1_{a}": f"f1 {a}" for a in ("macro", "micro")})
     columns = ["precision example", "recall example", "f1 example", "f1 macro", "f1 micro"]
+    theirs = published(task.name).rename(columns=dict(zip(("ce_precision", "ce_recall", "ce_f1", "ce_f1_macro", "ce_f1_micro"), columns)))
     theirs = theirs[[*columns, "ce_averaging", "source"]].dropna(subset=columns, how="all").astype({c: object for c in columns})
     return pd.concat([ours[columns].assign(source="this test"), theirs.rename(columns={"ce_averaging": "averaging"})]).fillna("")
 
-# %% ../nbs/04_results.ipynb #04-102
+# %% ../nbs/04_results.ipynb #04-103
 def compare_all(
     statistics: dict[str, pd.DataFrame], # from `score_systems`
     others: Collection[str],             # those of them that are no controls
@@ -457,7 +460,7 @@ def compare_all(
     control = [name for name in CONTROLS if name in statistics][:1]
     return compare_systems({name: statistics[name] for name in (OURS, *control, *others)})
 
-# %% ../nbs/04_results.ipynb #04-103
+# %% ../nbs/04_results.ipynb #04-104
 def readable_comparison(
     comparison: pd.DataFrame, # from `compare_systems`
     metrics: tuple[str, ...] = ("bleu_4", "meteor", "rouge_l", "cider"),
@@ -483,7 +486,7 @@ def seeds_table(
     comparison = comparison[~comparison.system.isin(CONTROLS)]
     return over_seeds([group.set_index("metric").score.to_dict() for _, group in comparison.groupby("system", sort=False)])
 
-# %% ../nbs/04_results.ipynb #04-112
+# %% ../nbs/04_results.ipynb #04-113
 def degeneracy(
     scores: pd.DataFrame,    # from `score_table`
     diversity: pd.DataFrame, # from `diversity_table`
@@ -499,7 +502,7 @@ def degeneracy(
                        f"get on other patients, {cider.score['shuffled over patients']:.3f}")
     return reasons
 
-# %% ../nbs/04_results.ipynb #04-116
+# %% ../nbs/04_results.ipynb #04-117
 def _of_source(evaluation: Evaluation) -> str:
     "Say what is scored, and how."
     n, name = len(evaluation.studies["test"]), evaluation.protocol.name
@@ -516,7 +519,7 @@ def _of_scores(scores: pd.DataFrame) -> str:
     others = ", ".join(f"{name} {score:.3f}" for name, score in cider.score.items() if name != OURS)
     return f"CIDEr is {with_interval(model.score, model.low, model.high)}" + (f"; the controls get: {others}." if others else ".")
 
-# %% ../nbs/04_results.ipynb #04-117
+# %% ../nbs/04_results.ipynb #04-118
 def _of_reports(scores: pd.DataFrame, diversity: pd.DataFrame) -> str:
     "Say how varied and how long the reports are, and whether the model is degenerate."
     ours, theirs, reasons = diversity.loc["generated"], diversity.loc["reference"], degeneracy(scores, diversity)
@@ -528,7 +531,7 @@ def _of_reports(scores: pd.DataFrame, diversity: pd.DataFrame) -> str:
     if "shuffled over patients" not in set(scores.system): return said
     return f"{said} That, and a CIDEr above that of the same reports on other patients, say that the reports depend on the patient."
 
-# %% ../nbs/04_results.ipynb #04-118
+# %% ../nbs/04_results.ipynb #04-119
 def _of_findings(findings: pd.DataFrame) -> str:
     "Say how well drawn findings are reported."
     micro, types = findings.loc["micro"], findings.loc[list(FINDINGS)].query("support > 0").f1
@@ -554,7 +557,7 @@ def _of_content(tables: dict[str, pd.DataFrame]) -> str:
     return " ".join(said) or ("Whether the findings are right is not measured here: overlap of words hardly notices a wrong side or a missed finding. "
                               "CheXbert's weights, given as chexbert, would measure some of it.")
 
-# %% ../nbs/04_results.ipynb #04-119
+# %% ../nbs/04_results.ipynb #04-120
 def _of_others(tables: dict[str, pd.DataFrame]) -> str:
     "Say how a control and others compare by CIDEr, study by study."
     if "comparison" not in tables: return ""
@@ -576,7 +579,7 @@ def summary(
     parts = _of_source(evaluation), _of_scores(scores), _of_others(tables), _of_reports(scores, counts), _of_content(tables), limits
     return " ".join(filter(None, parts))
 
-# %% ../nbs/04_results.ipynb #04-124
+# %% ../nbs/04_results.ipynb #04-125
 INDEXED = dict(protocols="protocol", findings="finding", observations="observation", seeds="metric") # what their rows are named after
 
 def _records(table: pd.DataFrame, name: str) -> list[dict]:
@@ -598,7 +601,7 @@ def write_results(
     _write_json(path, json.loads(path.read_text()) | results)
     return path
 
-# %% ../nbs/04_results.ipynb #04-129
+# %% ../nbs/04_results.ipynb #04-130
 def all_tables(
     evaluation: Evaluation,
     reports: pd.DataFrame,                     # from `reports_once`
@@ -618,7 +621,7 @@ def all_tables(
     if others and same_recipe([evaluation.folder, *map(Path, others)]): tables["seeds"] = seeds_table(tables["comparison"])
     return tables
 
-# %% ../nbs/04_results.ipynb #04-130
+# %% ../nbs/04_results.ipynb #04-131
 def evaluate(
     evaluation: Evaluation,
     others: dict[str, list[str]] | None = None, # from `read_others`
@@ -636,7 +639,7 @@ def evaluate(
 
 
 
-# %% ../nbs/04_results.ipynb #04-131
+# %% ../nbs/04_results.ipynb #04-132
 def main(argv: list[str] | None = None) -> None:
     "Score from the command line: `python -m cvt2distilgpt2.results --task NAME [--checkpoint PATH | --predictions FILE] [--compare A,B] [--chexbert PATH] [--field value]`; ends with a message if something is missing."
     task, extra = task_arguments(argv, extra=OPTIONS)
