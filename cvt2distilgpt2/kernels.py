@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'CHUNKS', 'attend_kernel', 'attend', 'enter_kernel', 'enter', 'summarise_kernel', 'best_words', 'build',
            'serve']
 
-# %% ../nbs/01ba_kernels.ipynb #01ba-004
+# %% ../nbs/01ba_kernels.ipynb #01ba-005
 import warnings
 from functools import lru_cache
 
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# %% ../nbs/01ba_kernels.ipynb #01ba-009
+# %% ../nbs/01ba_kernels.ipynb #01ba-010
 @triton.jit
 def attend_kernel(query, row_stride, keys, values, stride, hidden, image_stride, beam_stride, used, out, places, beams, scale,
                   D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -41,7 +41,7 @@ def attend_kernel(query, row_stride, keys, values, stride, hidden, image_stride,
         found = found * fade[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
     tl.store(out + beam[:, None] * heads * D + head * D + d, (found / total[:, None]).to(out.dtype.element_ty), mask=real[:, None])
 
-# %% ../nbs/01ba_kernels.ipynb #01ba-010
+# %% ../nbs/01ba_kernels.ipynb #01ba-011
 def attend(
     query: Tensor,              # (images, beams, heads*d); rows may lie apart
     keys: Tensor,               # (images*heads, T, d)
@@ -57,7 +57,7 @@ def attend(
         beams, d**-0.5, D=d, ROWS=max(16, triton.next_power_of_2(beams)), BLOCK=64)
     return out
 
-# %% ../nbs/01ba_kernels.ipynb #01ba-014
+# %% ../nbs/01ba_kernels.ipynb #01ba-015
 @triton.jit
 def enter_kernel(new, row_stride, slots, keys, values, stride, width, beams, D: tl.constexpr, WIDTH: tl.constexpr):
     "Write what one beam has, head by head."
@@ -78,7 +78,7 @@ def enter(
     (images, beams, width), d = new.shape, keys.shape[2]
     enter_kernel[(images * beams,)](new, new.stride(1), slots, keys, values, keys.stride(0), width // 3, beams, D=d, WIDTH=triton.next_power_of_2(width // 3))
 
-# %% ../nbs/01ba_kernels.ipynb #01ba-018
+# %% ../nbs/01ba_kernels.ipynb #01ba-019
 CHUNK, CHUNKS = 64, 64  # logits of which one maximum is kept; such chunks in a program
 
 
@@ -94,7 +94,7 @@ def summarise_kernel(logits, stride, words, word, penalty, largest, sums, CHUNK:
     x += tl.where(token == word, tl.load(penalty), 0.0)
     tl.store(largest + row * pieces * CHUNKS + chunk, tl.max(x, 1))
 
-# %% ../nbs/01ba_kernels.ipynb #01ba-019
+# %% ../nbs/01ba_kernels.ipynb #01ba-020
 def best_words(
     logits: Tensor,  # (rows, vocabulary); rows may lie apart
     k: int,          # how many
@@ -112,7 +112,7 @@ def best_words(
     best, place = found.masked_fill(token >= words, -torch.inf).topk(k)
     return best - sums.logsumexp(1, keepdim=True), token.gather(1, place)
 
-# %% ../nbs/01ba_kernels.ipynb #01ba-023
+# %% ../nbs/01ba_kernels.ipynb #01ba-024
 @lru_cache
 def build(device: torch.device) -> bool:
     "Build the smallest of the programs; warns, and returns False, if that fails."

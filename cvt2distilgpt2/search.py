@@ -100,7 +100,7 @@ def project_words(
     padded = project(F.pad(weight, (0, 0, 0, more)).t(), None, dtype) if more else project(weight.t(), None, dtype)
     return lambda x: padded(x)[:, :len(weight)]
 
-
+# %% ../nbs/01c_search.ipynb #01c-023
 def prepare_decoder(
     model: GPT2LMHeadModel,
     dtype: torch.dtype, # to compute in
@@ -111,7 +111,7 @@ def prepare_decoder(
     return Decoder(model.config.n_head, dtype, body.wte.weight.detach(), body.wpe.weight.detach(), blocks,
         norm(body.ln_f, dtype), project_words(model.lm_head.weight.detach(), dtype))
 
-# %% ../nbs/01c_search.ipynb #01c-026
+# %% ../nbs/01c_search.ipynb #01c-027
 def split_heads(
     x: Tensor,   # (images, T, heads*d)
     heads: int,
@@ -135,7 +135,7 @@ def attend(
     found = torch.bmm(scores.softmax(-1).flatten(0, 1), values)  # (images*heads, beams, d)
     return found.view(images, heads, beams, d).transpose(1, 2).reshape(images * beams, -1)
 
-# %% ../nbs/01c_search.ipynb #01c-031
+# %% ../nbs/01c_search.ipynb #01c-032
 BLOCK = 32  # slots by which the pool grows
 
 
@@ -160,7 +160,7 @@ class Cache:
         masks = [self.unrelated] if self.unseen is None else [self.unrelated, self.unseen]
         return [*sum(self.visual, []), *sum(self.text, []), *masks]
 
-# %% ../nbs/01c_search.ipynb #01c-032
+# %% ../nbs/01c_search.ipynb #01c-033
 def take_slots(
     unrelated: Tensor, # (images, beams, slots); changed
 ) -> tuple[Tensor, Tensor]: # (images, beams), and (images,): from which slot on all are free
@@ -172,7 +172,7 @@ def take_slots(
     unrelated.scatter_(2, taken[:, :, None], 0.0)
     return taken, torch.maximum((~free * number).amax(1), taken.amax(1).int() + 1)
 
-
+# %% ../nbs/01c_search.ipynb #01c-034
 def enter(
     new: Tensor,    # (images, beams, 3*heads*d): query, key and value of each beam's last token
     slots: Tensor,  # (images, beams): where they belong
@@ -192,7 +192,7 @@ def follow(
     "Take beams by number."
     return x.gather(1, parents[:, :, None].expand(-1, -1, x.shape[2]))
 
-# %% ../nbs/01c_search.ipynb #01c-037
+# %% ../nbs/01c_search.ipynb #01c-039
 def best_words(
     logits: Tensor,  # (rows, vocabulary)
     k: int,          # how many
@@ -218,7 +218,7 @@ def usual_tools(decoder: Decoder) -> Tools:
     serve = kernels and kernels.serve(decoder.token.device, decoder.dtype, decoder.token.shape[1] // decoder.heads)
     return Tools(kernels.attend, kernels.enter, kernels.best_words, True) if serve else Tools()
 
-# %% ../nbs/01c_search.ipynb #01c-040
+# %% ../nbs/01c_search.ipynb #01c-042
 def next_logits(
     decoder: Decoder,
     cache: Cache,
@@ -242,7 +242,7 @@ def next_logits(
         x = x + block.mlp_out(F.gelu(block.mlp_in(block.norm_mlp(x)), approximate="tanh"))
     return decoder.head(decoder.norm(x))
 
-# %% ../nbs/01c_search.ipynb #01c-045
+# %% ../nbs/01c_search.ipynb #01c-047
 def end_penalty(
     position: Tensor, # (1,), place of the last token
     request: Request,
@@ -250,7 +250,7 @@ def end_penalty(
     "Rule out the end of a report before its minimum length."
     return torch.where(position + 1 < request.min_length, -torch.inf, 0.0)
 
-# %% ../nbs/01c_search.ipynb #01c-046
+# %% ../nbs/01c_search.ipynb #01c-048
 class Greedy:
     "Always the likeliest next token."
     def __init__(self, request: Request, images: int, device: torch.device):
@@ -274,7 +274,7 @@ class Greedy:
         is_open &= token != self.request.eos_token_id
         return torch.zeros_like(lengths)
 
-# %% ../nbs/01c_search.ipynb #01c-049
+# %% ../nbs/01c_search.ipynb #01c-051
 NEVER = -1e9  # the score of what must not win, as in `transformers`
 
 
@@ -288,7 +288,7 @@ class State(NamedTuple):
     is_ended: Tensor     # (images, beams): is there a report at all?
     open: Tensor         # (images, 1)
 
-# %% ../nbs/01c_search.ipynb #01c-050
+# %% ../nbs/01c_search.ipynb #01c-052
 class Beams:
     "The likeliest beginnings of each report, and the best reports that have ended."
     def __init__(self, request: Request, images: int, device: torch.device, find: Callable = best_words):
@@ -315,7 +315,7 @@ class Beams:
         close(state, position, self.penalty, self.request)
         return parents
 
-# %% ../nbs/01c_search.ipynb #01c-051
+# %% ../nbs/01c_search.ipynb #01c-053
 class Candidates(NamedTuple):
     "The best `2 * num_beams` continuations of each image, best first."
     tokens: Tensor  # (images, 2*beams, max_length)
@@ -323,7 +323,7 @@ class Candidates(NamedTuple):
     parents: Tensor # (images, 2*beams)
     stops: Tensor   # (images, 2*beams): does it end here?
 
-# %% ../nbs/01c_search.ipynb #01c-052
+# %% ../nbs/01c_search.ipynb #01c-054
 def candidates(state: State, logits: Tensor, position: Tensor, request: Request, find: Callable) -> Candidates:
     "Find the best continuations over all beams of an image: first those of each beam, then among them."
     images, beams = state.scores.shape
@@ -341,7 +341,7 @@ def keep_running(state: State, found: Candidates) -> Tensor: # parents (images, 
     state.tokens.copy_(follow(found.tokens, best))
     return found.parents.gather(1, best)
 
-# %% ../nbs/01c_search.ipynb #01c-053
+# %% ../nbs/01c_search.ipynb #01c-055
 def keep_ended(state: State, found: Candidates, position: Tensor, penalty: Tensor):
     "Keep the best of the reports that had ended and those that end now, unless an image is closed."
     beams = state.scores.shape[1]
@@ -363,7 +363,7 @@ def close(state: State, position: Tensor, penalty: Tensor, request: Request):
     state.open.logical_and_((possible > worst).any(1, keepdim=True))
     if request.early_stopping is True: state.open.logical_and_(~state.is_ended.all(1, keepdim=True))
 
-# %% ../nbs/01c_search.ipynb #01c-056
+# %% ../nbs/01c_search.ipynb #01c-058
 def close_ranks(
     tensors: list[Tensor], # first dimension: images, or images*heads; changed
     images: int,           # that they have room for
@@ -378,7 +378,7 @@ def close_ranks(
             x[place].copy_(x[rows[place]])
     return rows
 
-# %% ../nbs/01c_search.ipynb #01c-060
+# %% ../nbs/01c_search.ipynb #01c-062
 class Pace(NamedTuple):
     "How often to look who is done."
     every: int    # steps
@@ -401,7 +401,7 @@ def recorded(
     with torch.cuda.graph(graph): step()  # recorded, not run
     return graph.replay
 
-# %% ../nbs/01c_search.ipynb #01c-063
+# %% ../nbs/01c_search.ipynb #01c-065
 def advance(decoder: Decoder, cache: Cache, chooser: Greedy | Beams, position: Tensor, images: int, tools: Tools = Tools()):
     "Give every beam of the first `images` its next token."
     last = chooser.tokens[:images].index_select(2, position)[:, :, 0]
@@ -409,7 +409,7 @@ def advance(decoder: Decoder, cache: Cache, chooser: Greedy | Beams, position: T
     cache.unrelated[:images] = follow(cache.unrelated[:images], parents)
     position += 1
 
-# %% ../nbs/01c_search.ipynb #01c-064
+# %% ../nbs/01c_search.ipynb #01c-066
 class Search:
     "A search under way."
     def __init__(self, decoder: Decoder, visual: Tensor, mask: Tensor | None, request: Request, pace: Pace, tools: Tools = Tools()):
@@ -437,7 +437,7 @@ class Search:
         moved = close_ranks([*self.cache.tensors(), *self.chooser.tensors()], len(self.tokens), stay)
         self.rows, self.again = [self.rows[row] for row in moved], None
 
-# %% ../nbs/01c_search.ipynb #01c-065
+# %% ../nbs/01c_search.ipynb #01c-067
 @torch.inference_mode()
 def run(
     decoder: Decoder,
@@ -459,7 +459,7 @@ def run(
         if len(stay) <= pace.share * len(search.rows) and len(stay) < len(search.rows): search.leave(stay)
     return search.tokens[:, :int(search.lengths.max())]
 
-# %% ../nbs/01c_search.ipynb #01c-076
+# %% ../nbs/01c_search.ipynb #01c-078
 SERVED = {"max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "length_penalty", "early_stopping",
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"}
 IGNORED = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",  # matter to sampling only
@@ -468,7 +468,7 @@ NEUTRAL = {"do_sample": False, "num_return_sequences": 1, "use_cache": True, "re
     "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "remove_invalid_values": False, "num_beam_groups": 1, "diversity_penalty": 0.0,
     "return_dict_in_generate": False, "output_scores": False, "output_attentions": False, "output_hidden_states": False, "synced_gpus": False}
 
-# %% ../nbs/01c_search.ipynb #01c-077
+# %% ../nbs/01c_search.ipynb #01c-079
 def unserved_rule(rules: dict) -> str | None: # of `generate`
     "Name a rule that `Request` has no word for, or None."
     for name, value in rules.items():
@@ -488,7 +488,7 @@ def unserved_part(model: GPT2LMHeadModel) -> str | None:
     if model.training: return "training mode"
     return next((f"{type(m).__module__}" for m in model.modules() if type(m).__module__.split(".")[0] not in known), None)
 
-# %% ../nbs/01c_search.ipynb #01c-078
+# %% ../nbs/01c_search.ipynb #01c-080
 def read_request(
     model: GPT2LMHeadModel,
     defaults: GenerationConfig, # the rules where none are given
@@ -507,7 +507,7 @@ def read_request(
     searching = {name: rules[name] for name in ("num_beams", "length_penalty", "early_stopping") if name in rules}
     return Request(**limits, **searching, bos_token_id=start, eos_token_id=end, pad_token_id=rules.get("pad_token_id", end))
 
-# %% ../nbs/01c_search.ipynb #01c-081
+# %% ../nbs/01c_search.ipynb #01c-083
 def search_reports(
     model: GPT2LMHeadModel,
     visual: Tensor,                    # (images, N, width), the visual tokens
@@ -518,7 +518,7 @@ def search_reports(
     "Write the report of each image, token by token as `transformers`' `generate` does."
     return run(prepared(model, dtype or model.dtype, prepare_decoder), visual, mask, request).clone()
 
-# %% ../nbs/01c_search.ipynb #01c-085
+# %% ../nbs/01c_search.ipynb #01c-087
 def image_bytes(
     config: GPT2Config,
     n: int,             # visual tokens of an image
