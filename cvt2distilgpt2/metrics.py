@@ -34,6 +34,7 @@ import pandas as pd
 import pycocoevalcap.meteor.meteor as coco_meteor
 from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 from pycocoevalcap.tokenizer import ptbtokenizer
+from tqdm import tqdm
 
 from .data import PROFILES, Labels
 from .tasks import ALIASES
@@ -586,7 +587,7 @@ def shuffled_scores(
     "Score shuffled reports; raises as `shuffled` and `report_statistics` do."
     with Meteor() if "meteor" in metrics and meteor is None else nullcontext(meteor) as meteor:
         scores = pd.DataFrame([corpus_scores(report_statistics(shuffled(predictions, seed), references, metrics, meteor, protocol))
-                               for seed in range(shuffles)])[list(metrics)]
+                               for seed in tqdm(range(shuffles), "scoring shuffles", leave=False)])[list(metrics)]
     return pd.DataFrame({"mean": scores.mean(), "low": scores.quantile(0.025), "high": scores.quantile(0.975), "protocol": protocol.name})
 
 # %% ../nbs/02a_metrics.ipynb #02a-132
