@@ -7,9 +7,10 @@ __all__ = ['HUB_ARGUMENTS', 'RELEASED_NAMES', 'UNUSED', 'CvT2DistilGPT2Config', 
            'ReportImageProcessor', 'encoder_input', 'card_text', 'model_card', 'save_companions', 'load_companions',
            'Portable', 'ModelParts', 'ReportModel', 'study_batch', 'Inert', 'TensorUnpickler', 'read_checkpoint',
            'from_released_names', 'choose_search', 'encode_fast', 'search_images', 'CvT2DistilGPT2', 'write_reports',
-           'warm_start', 'load_released']
+           'warm_start', 'load_released', 'weights_hash']
 
 # %% ../nbs/01d_model.ipynb #01d-002
+import hashlib
 import re
 import zipfile
 from dataclasses import asdict
@@ -444,3 +445,13 @@ def load_released(
 # %% ../nbs/01d_model.ipynb #01d-068
 AutoConfig.register("cvt2distilgpt2", CvT2DistilGPT2Config, exist_ok=True)
 AutoModel.register(CvT2DistilGPT2Config, CvT2DistilGPT2, exist_ok=True)
+
+# %% ../nbs/01d_model.ipynb #01d-076
+def weights_hash(
+    model: CvT2DistilGPT2,
+) -> str: # SHA-256
+    "Identify a model by its weights, wherever they were loaded from."
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

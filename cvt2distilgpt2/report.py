@@ -32,8 +32,7 @@ from .captions import COLUMNS, DELIMITERS, IMAGES
 from .data import ImageFolder, collate, same_channels
 from .decoder import decode_reports
 from .images import open_image
-from .model import CvT2DistilGPT2, ReportImageProcessor
-from .results import weights_hash
+from .model import CvT2DistilGPT2, ReportImageProcessor, weights_hash
 from .tasks import ALIASES, SPLITS, TASKS, DataError, Task, get_task, open_task
 from .train import LIMITS, load_model, processes
 

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'OF_DATA', 'WRITERS', 'SAME', 'OURS', 'CONTROLS', 'SHUFFLES', 'INDEXED', 'Evaluation', 'find_run',
            'as_trained', 'results_folder', 'read_texts', 'task_protocol', 'open_checkpoint', 'open_predictions',
-           'weights_hash', 'made_with', 'check_earlier', 'open_evaluation', 'read_others', 'open_labeller',
-           'generate_reports', 'image_features', 'nearest_reports', 'reports_once', 'control_reports', 'score_systems',
-           'score_table', 'readable', 'protocol_table', 'report_scores', 'drawn_findings', 'clinical_columns',
-           'chexbert_labels', 'diversity_table', 'readable_findings', 'readable_clinical', 'compare_all',
-           'readable_comparison', 'same_recipe', 'seeds_table', 'degeneracy', 'summary', 'write_results', 'all_tables',
-           'evaluate', 'main']
+           'made_with', 'check_earlier', 'open_evaluation', 'read_others', 'open_labeller', 'generate_reports',
+           'image_features', 'nearest_reports', 'reports_once', 'control_reports', 'score_systems', 'score_table',
+           'readable', 'protocol_table', 'report_scores', 'drawn_findings', 'clinical_columns', 'chexbert_labels',
+           'diversity_table', 'readable_findings', 'readable_clinical', 'compare_all', 'readable_comparison',
+           'same_recipe', 'seeds_table', 'degeneracy', 'summary', 'write_results', 'all_tables', 'evaluate', 'main']
 
 # %% ../nbs/04_results.ipynb #04-004
 import hashlib
@@ -34,7 +33,7 @@ from .data import PROFILES, collate, texts_of
 from .decoder import decode_reports
 from .metrics import (METRICS, PROTOCOLS, Meteor, Protocol, bootstrap_interval, compare_systems, constant_report, diversity, make_protocol, most_frequent_reports,
                                     over_seeds, per_report, published, read_predictions, report_statistics, score_protocols, scored_text, shuffled_scores, with_interval)
-from .model import CvT2DistilGPT2
+from .model import CvT2DistilGPT2, weights_hash
 from .phantom import FINDINGS, Finding
 from .prepare import prepare, settle, task_arguments
 from .tasks import Study, Task, check_task, project_root, read_annotation, task_parameters
@@ -163,15 +162,6 @@ def open_predictions(
 
 # %% ../nbs/04_results.ipynb #04-026
 WRITERS = ("style", "profile", "views", "resize", "image_size", "beams", "max_length", "precision") # settings that shape reports or references
-
-def weights_hash(
-    model: CvT2DistilGPT2,
-) -> str: # SHA-256
-    "Identify a model by its weights, wherever they were loaded from."
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 def made_with(
     evaluation: Evaluation,
