@@ -1,6 +1,5 @@
 "The search against transformers' generate, token by token, over drawn cases; its memory, what it leaves to transformers."
 import random
-import time
 import weakref
 
 import pytest
@@ -259,27 +258,3 @@ def test_changed_weights_are_seen():
     with torch.no_grad(): model.transformer.wte.weight.mul_(-1)
     after = search_reports(model, visual, mask, request)
     assert before.tolist() != after.tolist() and torch.equal(after, by_transformers(model, visual, mask, num_beams=3, max_length=20))
-
-
-def seconds(run, times=1):
-    "Processor time of one thread: what else the machine does hardly shows in it."
-    def once():
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    return min(once() for _ in range(times))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("images, factor, half_factor", [(8, 4.0, 7.0), (1, 1.4, 4.0)])
-def test_speed_at_full_size(images, factor, half_factor):
-    "Four beams, 64 new tokens; bfloat16 against the float32 of transformers. Its factor needs a processor with avx512_bf16."
-    torch.manual_seed(0)
-    model, visual = GPT2LMHeadModel(decoder_config()).eval(), torch.randn(images, 576, 768)
-    rules = {"num_beams": 4, "max_length": 65, "min_length": 65}
-    start, decoders = torch.full((images, 1), 50257), [prepare_decoder(model, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    theirs = seconds(lambda: model.generate(start, attention_mask=torch.ones_like(start), encoder_hidden_states=visual, pad_token_id=50258, **rules))
-    whole, half = (seconds(lambda: run(decoder, visual, None, Request(**rules)), 3) for decoder in decoders)
-    print(f"{images} images: transformers {theirs:.1f} s, ours {whole:.2f} s ({theirs / whole:.1f} times), bfloat16 {half:.2f} s ({theirs / half:.1f} times)")
-    assert theirs > factor * whole
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported(): assert theirs > half_factor * half
