@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from transformers import CvtConfig, CvtForImageClassification, CvtModel
+from transformers import CvtConfig, CvtForImageClassification
 from transformers.activations import QuickGELUActivation
 
 from cvt2distilgpt2.encoder import CVT_CONFIGS, CvT, CvTConfig, count_parameters, for_inference, from_hub_config, from_hub_names, load_cvt, load_exactly
