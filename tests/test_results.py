@@ -16,7 +16,7 @@ from PIL import Image
 from cvt2distilgpt2 import results
 from cvt2distilgpt2.clinical import OBSERVATIONS, clinical_scores, class_confusion, finding_table, label_table, load_chexbert, positives
 from cvt2distilgpt2.metrics import METRICS, MeteorError, make_protocol, paired_comparison, report_statistics, shuffled, shuffled_scores
-from cvt2distilgpt2.phantom import FINDINGS, Finding, draw, finding_scores, sample_phantom
+from cvt2distilgpt2.phantom import Finding, draw, finding_scores, sample_phantom
 from cvt2distilgpt2.results import (as_trained, control_reports, drawn_findings, evaluate, find_run, image_features, main, nearest_reports, open_evaluation,
                                     read_others, reports_once, results_folder, score_systems, score_table)
 from cvt2distilgpt2.tasks import Study, get_task, open_task, write_annotation
