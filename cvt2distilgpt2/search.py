@@ -371,11 +371,12 @@ def close_ranks(
 ) -> list[int]:            # which row each of the first places holds now
     "Move the images that stay to the front, the fewest possible."
     rows, movers = list(range(len(stay))), [row for row in stay if row >= len(stay)]
-    for place in sorted(set(rows) - set(stay)):
-        rows[place] = movers.pop()
-        for x in tensors:
-            x = x.unflatten(0, (images, -1))
-            x[place].copy_(x[rows[place]])
+    places = sorted(set(rows) - set(stay))
+    for place, row in zip(places, movers): rows[place] = row
+    to, source = torch.tensor([places, movers], dtype=torch.long, device=tensors[0].device)
+    for x in tensors:
+        x = x.unflatten(0, (images, -1))
+        x.index_copy_(0, to, x[source])
     return rows
 
 # %% ../nbs/01c_search.ipynb #01c-062
