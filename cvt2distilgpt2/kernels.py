@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'CHUNKS', 'attend_kernel', 'attend', 'enter_kernel', 'enter', 'summarise_kernel', 'best_words', 'build',
            'serve']
 
-# %% ../nbs/01ba_kernels.ipynb #01ba-005
+# %% ../nbs/01ba_kernels.ipynb #01ba-006
 import warnings
 from functools import lru_cache
 
