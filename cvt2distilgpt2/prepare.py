@@ -127,9 +127,13 @@ def _refuse_foreign(task: Task) -> None:
         raise FileExistsError(f"{' and '.join(found)} would be drawn over, but {_stamp(task)} is missing, so this project did not draw it. "
                               "Move it away, or open it as a task by its path.")
 
+def _how_drawn(task: Task) -> str:
+    "Say by which code and how large the phantoms of `task` are drawn."
+    return json.dumps(dict(size=task.resize, code=hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()))
+
 def _clear_other(task: Task) -> None:
     "Empty the folder of images that were drawn otherwise than `task` says."
-    how = json.dumps(dict(size=task.resize, code=hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()))
+    how = _how_drawn(task)
     if _stamp(task).exists() and _stamp(task).read_text() == how: return
     _stamp(task).write_text("being cleared") # whoever is killed below is cleared again
     task.annotation_path.unlink(missing_ok=True)
@@ -145,28 +149,44 @@ def _map_processes(f, items: list, text: str) -> list:
     with ProcessPoolExecutor(workers, context, initializer=threadpool_limits, initargs=(1,)) as pool:
         return list(tqdm(pool.map(f, items, chunksize=8), text, len(items), unit=" phantoms", leave=False))
 
-def _draw_missing(task: Task) -> None:
-    "Draw the phantoms of `task` that the annotation does not list."
-    path, views = task.annotation_path, min(task.views or len(VIEWS), len(VIEWS))
-    have = {s.id: s for v in read_annotation(path).values() for s in v} if path.exists() else {}
-    done = {i for i, s in have.items() if len(s.image_path) >= views}
+def _drawn(task: Task) -> dict[str, Study]: # by id
+    "Return the phantoms that the annotation of `task` lists."
+    path = task.annotation_path
+    return {s.id: s for v in read_annotation(path).values() for s in v} if path.exists() else {}
+
+def _missing(task: Task) -> list[int]: # seeds
+    "List the phantoms of `task` that are not drawn yet, with as many views as it wants."
+    views = min(task.views or len(VIEWS), len(VIEWS))
+    done = {i for i, s in _drawn(task).items() if len(s.image_path) >= views}
     counts = (task.n_train, task.n_val, task.n_test)
     seeds = [len(SPLITS)*i + k for k, n in enumerate(counts) for i in range(n or 0)]
-    if missing := [s for s in seeds if _split_and_id(s)[1] not in done]:
+    return [s for s in seeds if _split_and_id(s)[1] not in done]
+
+def _draw_missing(task: Task) -> None:
+    "Draw the phantoms of `task` that the annotation does not list."
+    if missing := _missing(task):
+        views = min(task.views or len(VIEWS), len(VIEWS))
         draw = partial(draw_study, folder=task.image_folder, views=views, size=task.resize)
-        have |= {s.id: s for s in _map_processes(draw, missing, "drawing phantoms")}
-        write_annotation([have[i] for i in sorted(have)], path)
+        have = _drawn(task) | {s.id: s for s in _map_processes(draw, missing, "drawing phantoms")}
+        write_annotation([have[i] for i in sorted(have)], task.annotation_path)
 
 # %% ../nbs/00c_prepare.ipynb #00c-027
 def draw_demo(
     task: Task, # the demo: its counts, its views, its `resize` as size of the images
 ) -> Path:      # of `annotation.json`
-    "Draw the phantoms of `task` that are not on disk yet; raises `FileExistsError` if other files are in the way."
+    "Draw the phantoms of `task` that are not on disk yet; raises `FileExistsError` if other files are in the way, `PermissionError` where nothing can be written."
     _refuse_foreign(task)
-    task.image_folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(_stamp(task).with_suffix(".lock")):
-        _clear_other(task)
-        _draw_missing(task)
+    stamp = _stamp(task)
+    if stamp.exists() and stamp.read_text() == _how_drawn(task) and not _missing(task):
+        return task.annotation_path # nothing is written: the folder may be read-only
+    try:
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(stamp.with_suffix(".lock")):
+            _clear_other(task)
+            _draw_missing(task)
+    except OSError as e:
+        raise PermissionError(f"phantoms cannot be drawn into {stamp.parent} ({e}): make room, or name a folder "
+                              "that can be written to by CVT2DISTILGPT2_HOME") from e
     return task.annotation_path
 
 # %% ../nbs/00c_prepare.ipynb #00c-033
@@ -334,7 +354,7 @@ def _whole_number(name: str, words: str) -> int:
 def _build_from(task: Task, source: dict, store: dict) -> dict[str, list[Study]]:
     "Read and build what the command line names; raises as `read_source` and `build` do."
     if task.name == "demo": raise ValueError("the demo is drawn, not read: name the task to make of your data, such as --task ./mine")
-    paths = {n: Path(v) if n != "examples" else v for n, v in source.items() if v}
+    paths = {n: Path(v).expanduser() if n != "examples" else v for n, v in source.items() if v}
     raw = read_source(**paths)
     print(f"{source['source']}: " + ", ".join(f"{n:,} {words}" for words, n in raw.counts.items()))
     if store["processes"]: store["processes"] = _whole_number("processes", store["processes"])
@@ -348,7 +368,7 @@ def main(
     task, given = task_arguments(argv, SOURCE + STORE, ("reduced", "download", "verify"))
     source, store = {n: given[n] for n in SOURCE}, {n: given[n] for n in (*STORE, "reduced")}
     try:
-        if given["download"]: source["source"] = download_openi(source["source"] or project_root()/"data"/"openi")
+        if given["download"]: source["source"] = download_openi(Path(source["source"] or project_root()/"data"/"openi").expanduser())
         if given["verify"]: return print(f"{task.name}: " + ", ".join(f"{n:,} {what}" for what, n in verify(task).items()) + " are whole")
         studies = _build_from(task, source, store) if source["source"] else prepare(task)
     except (DataError, OSError, ValueError) as e: sys.exit(str(e))

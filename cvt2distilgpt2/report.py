@@ -13,6 +13,7 @@ import csv
 import glob
 import io
 import json
+import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -97,6 +98,7 @@ def images_in_task(
 # %% ../nbs/05_report.ipynb #05-032
 def _in_one(path: str, studies: bool, split: str | None) -> tuple[list[Images], Counter]:
     "List what one word of the command line stands for; raises `FileNotFoundError` for nothing."
+    path = os.path.expanduser(path)
     place, none = Path(path), Counter()
     if (place/"annotation.json").is_file(): return images_in_task(get_task(str(place.resolve())), split), none
     if place.is_dir(): return images_in_folder(place, studies)
@@ -139,14 +141,14 @@ class Pictures(Dataset):
     "Read studies as the model sees them: pixels (V, C, H, W) uint8, or what is wrong, in words."
 
     def __init__(self, studies: list[Images], processor: ReportImageProcessor):
-        self.studies, self.square = studies, processor.square
+        self.studies, self.square, self.views = studies, processor.square, processor.views
 
     def __len__(self) -> int: return len(self.studies)
 
     def __getitem__(self, i: int) -> torch.Tensor | str:
         study = self.studies[i]
         if not study.paths: return "no image is named"
-        try: return torch.stack(same_channels([self.square(_opener(study.folder)(p)) for p in study.paths]))
+        try: return torch.stack(same_channels([self.square(_opener(study.folder)(p)) for p in study.paths[:self.views]]))
         except Exception as e: return _in_words(e) # one bad file must not end the reading of thousands
 
 # %% ../nbs/05_report.ipynb #05-042
@@ -313,7 +315,7 @@ def write_reports(
     **which,                          # for `find_images`: `studies`, `split`
 ) -> Path: # of the output
     "Write the reports of all images; raises as `find_images`, `reported` and `stream_reports` do."
-    out, state, made = Path(out), processes(), made_with(model, num_beams, max_length, dtype)
+    out, state, made = Path(out).expanduser(), processes(), made_with(model, num_beams, max_length, dtype)
     plan = [None]
     if state.is_main_process: # it alone looks, so all have the same list
         studies = find_images(paths, **which)[0]
@@ -373,7 +375,10 @@ def _report(args: argparse.Namespace) -> str: # what there is to say at the end
     "Do what the command line asks for; raises as `find_images`, `load_model` and `write_reports` do."
     studies = _find(args)
     if processes().num_processes > 1 and not args.out: raise ValueError("several processes write to a file: name it by --out")
-    model = load_model(args.checkpoint, args.tokenizer).to(args.device or processes().device)
+    model = load_model(args.checkpoint, os.path.expanduser(args.tokenizer)).to(args.device or processes().device)
+    views = model.image_processor.views
+    if views and any(len(s.paths) > views for s in studies):
+        print(f"of each study the first {views} image{'s' * (views > 1)} alone, as the model was trained", file=sys.stderr)
     how = dict(num_beams=args.beams, max_length=args.max_length, batch_size=args.batch_size, workers=args.workers, dtype=DTYPES.get(args.dtype))
     if not args.out:
         _print_reports(studies, model, **how)
@@ -388,6 +393,7 @@ def main(
 ) -> None:
     "Write reports from the command line: `python -m cvt2distilgpt2.report PATH... --checkpoint PATH [--out FILE]`; ends with a message if something is missing."
     args = read_arguments(argv)
+    if args.out: args.out = args.out.expanduser()
     try: said = _report(args)
     except (OSError, ValueError, RuntimeError) as e: sys.exit(str(e))
     if processes().is_main_process: print(said)

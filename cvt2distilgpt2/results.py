@@ -14,6 +14,7 @@ __all__ = ['OPTIONS', 'OF_DATA', 'WRITERS', 'SAME', 'OURS', 'CONTROLS', 'SHUFFLE
 # %% ../nbs/04_results.ipynb #04-004
 import hashlib
 import json
+import os
 import re
 import sys
 import time
@@ -36,8 +37,8 @@ from .metrics import (METRICS, PROTOCOLS, Meteor, Protocol, bootstrap_interval, 
 from .model import CvT2DistilGPT2, weights_hash
 from .phantom import FINDINGS, Finding
 from .prepare import prepare, settle, task_arguments
-from .tasks import Study, Task, check_task, project_root, read_annotation, task_parameters
-from .train import has_drawn_findings, latest_run, load_model, make_dataset, references_of, run_facts, write_predictions
+from .tasks import TASKS, Study, Task, check_task, project_root, read_annotation, task_parameters
+from .train import check_run_data, has_drawn_findings, latest_run, load_model, make_dataset, references_of, run_facts, write_predictions
 
 # %% ../nbs/04_results.ipynb #04-008
 OPTIONS = ("checkpoint", "predictions", "id_column", "report_column", "compare", "chexbert", "vocabulary") # parameters that are no fields of a task
@@ -70,18 +71,20 @@ def find_run(
     task: Task,             # that is tested
 ) -> Path | None:           # the run's folder; None: no run of this task
     "Find the run that a checkpoint belongs to; raises `FileNotFoundError` for one that is not finished."
-    folder = Path(checkpoint).resolve()
+    folder = Path(checkpoint).expanduser().resolve()
     if folder.name == "model": folder = folder.parent
     config = folder/"config.json"
     trained = json.loads(config.read_text()) if config.is_file() else {}
     if "annotation" not in trained: return None # the config of a model, or none
     if not (folder/"metrics.json").exists():
         raise FileNotFoundError(f"run {folder} is not finished; go on with it: papermill nbs/03_train.ipynb out.ipynb "
-                                f"-p task {trained['name']} -p run {folder.name}, and what else it was begun with")
-    return folder if trained["name"] == task.name else None
+                                f"-p task {trained['name'] if trained['name'] in TASKS else Path(trained['annotation']).parent} "
+                                f"-p run {folder.name}, and what else it was begun with")
+    same = trained["name"] == task.name or project_root()/"data"/trained["annotation"] == task.annotation_path
+    return folder if same else None
 
 # %% ../nbs/04_results.ipynb #04-017
-OF_DATA = ("style", "profile", "views", "n_train", "n_val", "precision", "seed") # what a run knows and its model does not
+OF_DATA = ("style", "profile", "n_train", "n_val", "precision", "seed") # what a run knows and its model does not
 
 def as_trained(
     task: Task,
@@ -90,7 +93,9 @@ def as_trained(
     given: Collection[str] = (), # fields of `task` that were asked for, and stay
 ) -> Task:
     "Give `task` the settings that a model was trained with."
-    known = dict(resize=model.image_processor.resize, image_size=model.image_processor.image_size, max_length=model.generation_config.max_length)
+    processor = model.image_processor
+    known = dict(resize=processor.resize, image_size=processor.image_size, max_length=model.generation_config.max_length)
+    if run or processor.views: known["views"] = processor.views # of a run, None means all
     if run:
         trained = json.loads((run/"config.json").read_text())
         places = () if Path(task.annotation).is_absolute() else ("annotation", "images") # a path that was typed is meant
@@ -105,7 +110,7 @@ def results_folder(
 ) -> Path:
     "Say where the results on `task` lie."
     if run: return run
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.exists():
         path = path.resolve()
         source = path.parent.name if path.name == "model" else re.sub(r"(?i)\.(ckpt|csv|tsv|txt)$", "", path.name)
@@ -145,6 +150,7 @@ def open_checkpoint(
     model = load_model(checkpoint, task.decoder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if model.tokenizer is None: raise ValueError(f"{checkpoint} carries no tokenizer, so it cannot write")
     task = as_trained(task, model, run, given)
+    if run: check_run_data(run, task)
     if model.device.type == "cpu": task = replace(task, precision="fp32") # as it will be
     studies = prepare(task)
     return Evaluation(task, checkpoint, studies, task_protocol(task, studies), results_folder(task, checkpoint, run), model)
@@ -201,7 +207,8 @@ def open_evaluation(
     "Open what is scored and against what; raises as `open_checkpoint`, `open_predictions` and `check_earlier` do, `ValueError` for both at once."
     if checkpoint and predictions:
         raise ValueError(f"give a checkpoint ({checkpoint}) or predictions ({predictions}), not both: one page is about one of them; the other may go to compare")
-    evaluation = open_predictions(task, predictions, columns) if predictions else open_checkpoint(task, checkpoint, given)
+    if predictions: evaluation = open_predictions(task, os.path.expanduser(predictions), columns)
+    else: evaluation = open_checkpoint(task, checkpoint and os.path.expanduser(checkpoint), given)
     check_earlier(evaluation)
     return evaluation
 
@@ -211,7 +218,8 @@ def read_others(
     evaluation: Evaluation,          # its file's columns are those of the other files
 ) -> dict[str, list[str]]: # by its path: a report a test study
     "Read what is set beside an evaluation; raises as `read_predictions`, `FileNotFoundError` for a run not tested yet, `ValueError` for one named twice."
-    places = [p.strip() for p in (compare.split(",") if isinstance(compare, str) else map(str, compare or ()))]
+    named = compare.split(",") if isinstance(compare, str) else map(str, compare or ())
+    places = [os.path.expanduser(place.strip()) for place in named]
     if len(set(places)) < len(places): raise ValueError(f"compare names one of {', '.join(places)} twice")
     ids, others = [s.id for s in evaluation.studies["test"]], {}
     for place in places:
@@ -219,7 +227,7 @@ def read_others(
         path = Path(place)/"predictions_test.csv" if run else place
         if run and not path.exists():
             raise FileNotFoundError(f"{place} holds no predictions_test.csv; test it first: papermill nbs/04_results.ipynb out.ipynb "
-                                    f"-p task {evaluation.task.name} -p checkpoint {place}")
+                                    f"-p task {evaluation.task.address} -p checkpoint {place}")
         others[place] = list(read_predictions(path, ids, *(() if run else evaluation.columns), empty=run).values())
     return others
 
@@ -229,7 +237,9 @@ def open_labeller(
     vocabulary: str | Path = "bert-base-uncased", # hub name, folder or vocab.txt
 ) -> Labeller | None: # None: not asked for
     "Load CheXbert, its labels kept beside the task's runs; raises as `load_chexbert` does."
-    return load_chexbert(chexbert, vocabulary, cache=project_root()/"runs"/task.name/"chexbert_labels.json") if chexbert else None
+    if not chexbert: return None
+    cache = project_root()/"runs"/task.name/"chexbert_labels.json"
+    return load_chexbert(os.path.expanduser(chexbert), os.path.expanduser(vocabulary), cache=cache)
 
 # %% ../nbs/04_results.ipynb #04-038
 def _batches(evaluation: Evaluation, studies: list[Study], text: str) -> Iterator[dict[str, torch.Tensor]]:

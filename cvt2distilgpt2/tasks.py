@@ -9,6 +9,7 @@ __all__ = ['RECIPES', 'DEMO', 'MIMIC_CXR', 'IU_X_RAY', 'TASKS', 'ALIASES', 'CHOI
            'write_annotation', 'RawData', 'open_task']
 
 # %% ../nbs/00a_tasks.ipynb #00a-002
+import hashlib
 import json
 import os
 import types
@@ -21,7 +22,7 @@ from pathlib import Path, PurePosixPath
 # %% ../nbs/00a_tasks.ipynb #00a-007
 def project_root() -> Path: # the folder that holds `data/` and `runs/`
     "Find the project's root: `CVT2DISTILGPT2_HOME`, else the folder above the package if it is a checkout, else the working directory."
-    if home := os.environ.get("CVT2DISTILGPT2_HOME"): return Path(home).resolve()
+    if home := os.environ.get("CVT2DISTILGPT2_HOME"): return Path(home).expanduser().resolve()
     places = [Path(__file__).resolve().parent.parent] if "__file__" in globals() else [Path.cwd(), Path.cwd().parent]
     return next((p for p in places if (p/"settings.ini").exists()), Path.cwd())
 
@@ -92,6 +93,11 @@ class Task(RecipeSettings, ModelSettings, DataSettings):
     def image_folder(self) -> Path: # absolute
         "Return the folder that image paths are relative to."
         return project_root()/"data"/self.images
+
+    @property
+    def address(self) -> str:
+        "Return what a user gives as `task`: a name of the task table, or the path of a folder."
+        return self.name if self.name in TASKS else str(self.annotation_path.parent)
 
 # %% ../nbs/00a_tasks.ipynb #00a-020
 DEMO = Task(
@@ -164,11 +170,17 @@ def check_task(task: Task) -> Task: # the same
     return task
 
 # %% ../nbs/00a_tasks.ipynb #00a-031
+def _name_of(path: Path) -> str:
+    "Name the task of a folder: as the folder, with a digest of its path where that name alone could mean another one."
+    if path.parent == project_root() / "data" and path.name not in TASKS:
+        return path.name
+    return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
 def _task_by_path(path: Path) -> Task:
     "Make the task of a folder that holds `annotation.json`; the defaults are the published recipe with labels as written."
     beside = (path/"annotation.json").is_file() and not (path/"images").is_dir() # pictures, too
     images = path if beside else path/"images"
-    return Task(name=path.name, annotation=str(path/"annotation.json"), images=str(images), source=f"the folder {path}")
+    return Task(name=_name_of(path), annotation=str(path/"annotation.json"), images=str(images), source=f"the folder {path}")
 
 def get_task(
     task: str,   # a name of the task table, or the path of a folder with (or yet without) `annotation.json`
@@ -180,12 +192,14 @@ def get_task(
     _check_names(changes, known)
     name = ALIASES.get(str(task), str(task))
     if name in TASKS: chosen = TASKS[name]
-    elif os.sep in name or Path(name).is_dir(): chosen = _task_by_path(Path(name).resolve())
+    elif os.sep in name or Path(name).is_dir(): chosen = _task_by_path(Path(name).expanduser().resolve())
     else: raise ValueError(f"unknown task {task!r}: known are {', '.join([*TASKS, *ALIASES])}, "
                            f"or the path of a folder with annotation.json, such as ./{Path(name).name}")
     for n in ("annotation", "images"): # what a user types counts from where they stand
-        if n in changes: changes[n] = str(Path(changes[n]).resolve())
+        if n in changes: changes[n] = str(Path(changes[n]).expanduser().resolve())
     changes = {n: _check_value(n, v) for n, v in changes.items()}
+    for n in ("encoder", "decoder"): # these may be names of the hub
+        if n in changes: changes[n] = os.path.expanduser(changes[n])
     recipe = changes.get("recipe", chosen.recipe)
     return check_task(replace(chosen, **{**RECIPES.get(recipe, {}), **changes}))
 

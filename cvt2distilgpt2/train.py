@@ -6,8 +6,8 @@
 __all__ = ['LIMITS', 'processes', 'task_labels', 'references_of', 'load_model', 'make_model', 'make_optimizer',
            'training_arguments', 'make_dataset', 'make_collate', 'decode', 'write_predictions', 'FindingClassifier',
            'finding_targets', 'warm_start', 'has_drawn_findings', 'validation_scores', 'TrainingTable', 'NextCrops',
-           'make_trainer', 'run_folder', 'latest_run', 'run_facts', 'training_studies', 'last_checkpoint', 'train',
-           'main']
+           'make_trainer', 'data_identity', 'check_run_data', 'run_folder', 'latest_run', 'run_facts',
+           'training_studies', 'last_checkpoint', 'train', 'main']
 
 # %% ../nbs/03_train.ipynb #03-004
 import hashlib
@@ -17,6 +17,7 @@ import platform
 import secrets
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import asdict
 from datetime import date
@@ -76,12 +77,16 @@ def load_model(
     tokenizer: str = "distilgpt2",   # for a .ckpt, which carries none: hub name or folder
 ) -> CvT2DistilGPT2:
     "Load a model of this study from whatever holds one; raises `FileNotFoundError`, or as its two loaders do."
-    path = Path(checkpoint)
+    path = Path(checkpoint).expanduser()
     if path.suffix == ".ckpt": return CvT2DistilGPT2.from_released(path, tokenizer=tokenizer)
     if (path/"model").is_dir(): path = path/"model"
     elif path.is_dir() and not any(path.glob("model*.safetensors")):
         raise FileNotFoundError(f"{path} holds no model: neither model/ (of a finished run) nor model.safetensors (of a saved model)")
-    return CvT2DistilGPT2.from_pretrained(path if path.is_dir() else str(checkpoint))
+    model = CvT2DistilGPT2.from_pretrained(path if path.is_dir() else str(checkpoint))
+    config = path.resolve().parent/"config.json" # of a run; the models of earlier runs do not know their views
+    if path.name == "model" and config.is_file() and model.image_processor.views is None:
+        model.image_processor.views = json.loads(config.read_text()).get("views")
+    return model
 
 # %% ../nbs/03_train.ipynb #03-025
 def make_model(
@@ -99,7 +104,7 @@ def make_model(
         model.tokenizer = tokenizer
     if task.max_length > model.config.decoder.n_positions:
         raise ValueError(f"max_length is {task.max_length}, but the decoder has {model.config.decoder.n_positions} positions")
-    model.image_processor = ReportImageProcessor(task.resize, task.image_size)
+    model.image_processor = ReportImageProcessor(task.resize, task.image_size, views=task.views)
     model.generation_config.max_length = task.max_length
     return model
 
@@ -292,11 +297,37 @@ def make_trainer(
     return trainer
 
 # %% ../nbs/03_train.ipynb #03-060
+def data_identity(
+    task: Task,
+) -> dict[str, str]: # the path of `annotation.json`, and its SHA-256
+    "Say which data `task` reads."
+    digest = hashlib.sha256(task.annotation_path.read_bytes()).hexdigest()
+    return dict(annotation=str(task.annotation_path), sha256=digest)
+
+def check_run_data(
+    folder: Path, # of a run; one that does not say what its data were is not checked
+    task: Task,
+) -> None:
+    "Raise `ValueError`, which names both, if a run was begun with other data than those of `task`."
+    begun = json.loads((folder/"config.json").read_text()).get("data")
+    if task.name == "demo" or not begun:
+        return
+    now = data_identity(task)
+    if begun["sha256"] == now["sha256"]:
+        return
+    was, other = (f"{d['annotation']} (SHA-256 {d['sha256'][:12]})" for d in (begun, now))
+    raise ValueError(
+        f"run {folder} was made with {was}, but task {task.name!r} now reads {other}. Bring the first file back, "
+        f"or train a new run; to test this model on other data, copy {folder/'model'} and name the copy as checkpoint"
+    )
+
+
+# %% ../nbs/03_train.ipynb #03-060a
 def run_folder(
     task: Task,
     run: str | None = None, # name of the run; None: made from the date
 ) -> Path: # exists, holds config.json
-    "Make or find the folder of an unfinished run; raises `FileExistsError` if it is finished, `ValueError` if its settings differ."
+    "Make or find the folder of an unfinished run; raises `FileExistsError` if it is finished, `ValueError` if its settings or its data differ."
     names = [run or f"{date.today()}_{secrets.token_hex(2)}"]
     broadcast_object_list(names) # all processes write to the first one's folder
     if Path(names[0]).name != names[0] or names[0] == "..": raise ValueError(f"run {names[0]!r} must be a plain name, not a path")
@@ -304,12 +335,13 @@ def run_folder(
     config = folder/"config.json"
     if (folder/"metrics.json").exists(): raise FileExistsError(f"run {folder} is finished; give another name, or none")
     if config.exists():
+        check_run_data(folder, task)
         was, now = json.loads(config.read_text()), asdict(task)
-        changed = {n: (was.get(n), now[n]) for n in now if was.get(n) != now[n]}
+        changed = {n: (was.get(n), now[n]) for n in now if was.get(n) != now[n] and n not in ("name", "source")}
         if changed: raise ValueError(f"run {folder} was begun with other settings (then, now): {changed}; give another name")
     elif processes().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(json.dumps(asdict(task), indent=1))
+        config.write_text(json.dumps(asdict(task) | {"data": data_identity(task)}, indent=1))
     processes().wait_for_everyone()
     return folder
 
@@ -320,7 +352,7 @@ def latest_run(
     "Find the newest finished run of `task`; raises `FileNotFoundError` that says how to make one."
     runs = project_root()/"runs"/task.name
     if not (runs/"latest").exists():
-        raise FileNotFoundError(f"no finished run in {runs}; make one: papermill nbs/03_train.ipynb out.ipynb -p task {task.name}")
+        raise FileNotFoundError(f"no finished run in {runs}; make one: papermill nbs/03_train.ipynb out.ipynb -p task {task.address}")
     return runs/(runs/"latest").read_text().strip()
 
 # %% ../nbs/03_train.ipynb #03-063
@@ -345,9 +377,10 @@ def run_facts(
     "Say with what a run is made."
     packages = ("torch", "torchvision", "transformers", "timm", "accelerate", "tokenizers", "numpy", "pycocoevalcap")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    identity = data_identity(task)
     return dict(
-        code=_code_version(), seed=task.seed,
-        data=dict(annotation_sha256=hashlib.sha256(task.annotation_path.read_bytes()).hexdigest(), **{s: len(v) for s, v in studies.items()}),
+        code=_code_version(), seed=task.seed, annotation=identity["annotation"],
+        data=dict(annotation_sha256=identity["sha256"], **{s: len(v) for s, v in studies.items()}),
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
         hardware=dict(processor=_processor(), cores=os.cpu_count(), gpus=gpus, processes=processes().num_processes))
 
@@ -388,16 +421,29 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
 
 # %% ../nbs/03_train.ipynb #03-070
-def train(
+def _begin(
     task: Task,
-    run: str | None = None,         # name of the run; None: made from the date
-    init: str | Path | None = None, # start from this checkpoint
+    run: str | None = None,         # as `train` takes it
+    init: str | Path | None = None, # likewise
+) -> tuple[dict[str, list[Study]], Path, CvT2DistilGPT2]: # the studies, the run's folder, the model
+    "Do all of a training that a user's mistake can end; raises as `training_studies`, `run_folder` and `make_model` do."
+    _batch_plan(task, processes().num_processes)
+    studies = training_studies(task)
+    folder = run_folder(task, run)
+    texts = references_of(studies["train"], task_labels(task, studies["train"]))
+    return studies, folder, make_model(task, [text for labels in texts for text in labels], init)
+
+# %% ../nbs/03_train.ipynb #03-070a
+def _complete(
+    task: Task,
+    studies: dict[str, list[Study]], # as `_begin` returns them
+    folder: Path,                    # likewise
+    model: CvT2DistilGPT2,           # likewise
+    init: str | Path | None = None,  # the checkpoint that the model comes from
 ) -> Path: # the run's folder
-    "Train `task` and leave a finished run; resumes an unfinished one of that name."
+    "Train what was begun, from its last checkpoint on, and leave a finished run."
     began = time.time()
-    studies, folder = training_studies(task), run_folder(task, run)
     label = task_labels(task, studies["train"])
-    model = make_model(task, [text for texts in references_of(studies["train"], label) for text in texts], init)
     trainer = make_trainer(model, task, studies, folder)
     checkpoint = last_checkpoint(folder)
     if task.warm_start and not checkpoint and not init: warm_start(model, task, trainer.train_dataset, studies["train"])
@@ -411,10 +457,21 @@ def train(
     processes().wait_for_everyone()
     return folder
 
+# %% ../nbs/03_train.ipynb #03-070b
+def train(
+    task: Task,
+    run: str | None = None,         # name of the run; None: made from the date
+    init: str | Path | None = None, # start from this checkpoint
+) -> Path: # the run's folder
+    "Train `task` and leave a finished run; resumes an unfinished one of that name; raises as `_begin` does."
+    return _complete(task, *_begin(task, run, init), init)
+
 # %% ../nbs/03_train.ipynb #03-080
 def main(argv: list[str] | None = None) -> Path:
     "Train from the command line: `python -m cvt2distilgpt2.train --task NAME [--run NAME] [--init PATH] [--field value]`; torchrun needs `-m -- cvt2distilgpt2.train`."
     task, extra = task_arguments(argv, extra=("run", "init"))
-    return train(task, **extra)
+    try: begun = _begin(task, **extra)
+    except (OSError, TypeError, ValueError) as e: sys.exit(str(e))
+    return _complete(task, *begun, init=extra["init"])
 
 if __name__ == "__main__" and "__file__" in globals(): main() # not in the notebook

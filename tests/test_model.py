@@ -322,6 +322,15 @@ def test_masks_may_be_there_or_not(model, masks, tmp_path):
     assert CvT2DistilGPT2.from_released(tmp_path / "a.ckpt", config=model.config) is not None
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_released_form_saved_from_a_wrapped_model_loads(wrapper, model, tmp_path):
+    "DistributedDataParallel and torch.compile put words into the names of weights, also of parts."
+    state = {wrapper + name.replace("encoder.cvt.", "encoder._orig_mod.cvt."): tensor for name, tensor in published(model).items()}
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    loaded = CvT2DistilGPT2.from_released(tmp_path / "a.ckpt", config=model.config)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
 @pytest.mark.parametrize("how, said", [
     ("missing", "1 missing: projection.weight"), ("unexpected", "1 unexpected: decoder.encoder_decoder.x"),
     ("another shape", r"1 of another shape: projection.weight \(3,\) instead of \(32, 24\)"),

@@ -68,6 +68,16 @@ def test_demo_is_not_drawn_twice(tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*")}
 
 
+def test_whole_demo_is_opened_where_nothing_can_be_written(tmp_path, monkeypatch):
+    def refuse(*args): raise PermissionError("read-only file system")
+    monkeypatch.setattr("cvt2distilgpt2.prepare.FileLock", refuse)
+    with pytest.raises(PermissionError, match="CVT2DISTILGPT2_HOME"): draw_demo(demo(tmp_path))
+    monkeypatch.undo()
+    draw_demo(demo(tmp_path))
+    monkeypatch.setattr("cvt2distilgpt2.prepare.FileLock", refuse)
+    assert len(prepare(demo(tmp_path))["train"]) == 6
+
+
 def test_demo_drawn_otherwise_is_replaced(tmp_path):
     draw_demo(demo(tmp_path, n=9))
     draw_demo(demo(tmp_path, n=2, resize=56))

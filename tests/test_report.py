@@ -109,6 +109,18 @@ def test_prepared_task_is_read_through_its_cache(model, tmp_path):
     assert rows_of(write_reports(task, model, tmp_path/"test.csv", split="test")).id.tolist() == ["s4", "s5"]
 
 
+def test_model_reads_as_many_views_as_it_was_trained_with(model, tmp_path, monkeypatch):
+    a, b = "a.png", "b.png"
+    for name in (a, b): Image.linear_gradient("L").resize((40, 40)).save(tmp_path/name)
+    both, first = Images("both", (str(tmp_path/a), str(tmp_path/b))), Images("first", (str(tmp_path/a),))
+    written = {}
+    for views in (None, 1):
+        monkeypatch.setattr(model.image_processor, "views", views)
+        pictures = report.Pictures([both, first], model.image_processor)
+        written[views] = [len(pictures[i]) for i in (0, 1)]
+    assert written == {None: [2, 1], 1: [1, 1]}
+
+
 def test_settings_reach_the_search(model, tmp_path):
     draw_images(tmp_path/"images", 4)
     paths = sorted((tmp_path/"images").iterdir())

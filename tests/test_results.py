@@ -20,7 +20,7 @@ from cvt2distilgpt2.phantom import Finding, draw, finding_scores, sample_phantom
 from cvt2distilgpt2.results import (as_trained, control_reports, drawn_findings, evaluate, find_run, image_features, main, nearest_reports, open_evaluation,
                                     read_others, reports_once, results_folder, score_systems, score_table)
 from cvt2distilgpt2.tasks import Study, get_task, open_task, write_annotation
-from cvt2distilgpt2.train import make_model
+from cvt2distilgpt2.train import data_identity, make_model
 from test_clinical import VOCABULARY, made_up_weights, save
 from test_notebooks import papermill
 from trees import make_mimic
@@ -103,14 +103,14 @@ def test_unfinished_run(task, run):
 
 def test_kinds_of_checkpoint(task, run, home, tmp_path):
     shutil.copytree(run/"model", tmp_path/"saved")
-    other = replace(task, name="other")
+    other = replace(task, name="other", annotation=str(tmp_path/"other"/"annotation.json"))
     runs = home/"runs"
     assert find_run(run, task) == find_run(run/"model", task) == run
     assert find_run(run, other) is find_run(tmp_path/"saved", task) is find_run("owner/name", task) is None
     assert results_folder(task, run/"model", run) == run
     assert results_folder(other, run/"model", None) == results_folder(other, run, None) == runs/"other"/"test_of_first"
-    assert results_folder(task, tmp_path/"saved", None) == runs/"few"/"test_of_saved"
-    assert results_folder(task, "owner/name", None) == runs/"few"/"test_of_owner_name"
+    assert results_folder(task, tmp_path/"saved", None) == runs/task.name/"test_of_saved"
+    assert results_folder(task, "owner/name", None) == runs/task.name/"test_of_owner_name"
     (tmp_path/"epoch=8-val.ckpt").touch()
     assert results_folder(task, tmp_path/"epoch=8-val.ckpt", None).name == "test_of_epoch=8-val"
     saved = [open_evaluation(task, path) for path in (None, run, run/"model", tmp_path/"saved")]
@@ -127,7 +127,7 @@ def test_released_checkpoint(task, run, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="no tokenizer"): open_evaluation(task, "x.ckpt")
 
 
-def test_settings_come_from_the_run(folder, home):
+def test_settings_come_from_the_run(folder, home, tmp_path):
     trained = get_task(str(folder), **small | dict(resize=70, max_length=19, profile="chen", style="iu_x_ray", n_train=10, views=1))
     run = make_run(trained)
     used = open_evaluation(get_task(str(folder), beams=2, device_batch=1, workers=0)).task
@@ -136,8 +136,28 @@ def test_settings_come_from_the_run(folder, home):
     asked = get_task(str(folder), profile="raw", max_length=12, workers=0)
     used = open_evaluation(asked, given={"task", "profile", "max_length"}).task
     assert (used.profile, used.max_length, used.resize) == ("raw", 12, 70)
-    apart = open_evaluation(replace(asked, name="other"), run).task # another task: only what the model itself knows
-    assert (apart.resize, apart.image_size, apart.max_length, apart.profile, apart.n_train) == (70, 64, 19, "raw", None)
+    other = shutil.copytree(folder, tmp_path/"other")
+    apart = open_evaluation(get_task(str(other), workers=0), run).task # another task: only what the model itself knows
+    assert (apart.resize, apart.image_size, apart.max_length, apart.views) == (70, 64, 19, 1)
+    assert (apart.profile, apart.n_train) == ("raw", None)
+
+
+def test_newest_run_is_not_taken_for_other_data(folder, home, tmp_path):
+    "Same name, other file: the error names both."
+    copy = shutil.copytree(folder, tmp_path/"copy")
+    task = get_task(str(copy), **small)
+    run = make_run(task)
+    config = json.loads((run/"config.json").read_text())
+    (run/"config.json").write_text(json.dumps(config | {"data": data_identity(task)}))
+    assert open_evaluation(task).folder == run
+    write_annotation([s for v in open_task(task).values() for s in v][1:], copy/"annotation.json")
+    with pytest.raises(ValueError, match=f"{copy}/annotation.json .* now reads {copy}/annotation.json"): open_evaluation(task)
+
+
+def test_folders_of_the_same_last_name_have_runs_of_their_own(folder, home, tmp_path):
+    one, other = (get_task(str(shutil.copytree(folder, tmp_path/place/"mine")), **small) for place in ("a", "b"))
+    make_run(one)
+    with pytest.raises(FileNotFoundError, match=f"no finished run.* -p task {tmp_path}/b/mine"): open_evaluation(other)
 
 
 def test_place_of_the_data(tmp_path, run, task):
@@ -287,7 +307,7 @@ def test_chance_is_that_of_20_shuffles(task, run, monkeypatch):
 def test_controls_know_training_and_validation_alone(tmp_path, run):
     studies = phantoms(dict(train=4, val=2, test=2))
     texts = ["Common."]*2 + ["No edema."]*2 + ["No edema."]*2 + ["Common."]*2
-    task = get_task(str(write_task(tmp_path/"texts", [replace(s, report=t) for s, t in zip(studies, texts)])), **small)
+    task = get_task(str(write_task(tmp_path/"data"/"texts", [replace(s, report=t) for s, t in zip(studies, texts)])), **small)
     evaluation = open_evaluation(task, run)
     systems = control_reports(evaluation, reports_once(evaluation))
     assert systems["most frequent training report"] == ["Common."]*2 and set(systems["one report for all"]) <= {"Common.", "No edema."}
@@ -319,7 +339,7 @@ def table(path: Path, reports: dict[str, str], columns=("id", "generated")) -> P
 
 
 @pytest.fixture
-def texts(tmp_path) -> Path: return texts_only(tmp_path/"texts", phantoms(dict(train=12, val=4, test=6)))
+def texts(tmp_path) -> Path: return texts_only(tmp_path/"data"/"texts", phantoms(dict(train=12, val=4, test=6)))
 
 
 @pytest.fixture
@@ -425,11 +445,11 @@ def test_one_report_for_590_studies_is_called_degenerate(tmp_path):
 def test_own_predictions_as_a_file_give_the_same_scores(task, run, folder, home):
     evaluate(open_evaluation(task))
     evaluate(open_evaluation(task, predictions=run/"predictions_test.csv"))
-    own, file = (json.loads((path/"results.json").read_text()) for path in (run, home/"runs"/"few"/"test_of_predictions_test"))
+    own, file = (json.loads((path/"results.json").read_text()) for path in (run, home/"runs"/get_task(str(folder)).name/"test_of_predictions_test"))
     without = [s for s in own["scores"] if s["system"] != "nearest training study"]
     assert without == file["scores"] and len(without) == 28 < len(own["scores"])
     for name in ("protocols", "diversity", "findings", "degenerate", "data"): assert own[name] == file[name]
-    each = [pd.read_csv(path/"scores_per_report.csv") for path in (run, home/"runs"/"few"/"test_of_predictions_test")]
+    each = [pd.read_csv(path/"scores_per_report.csv") for path in (run, home/"runs"/get_task(str(folder)).name/"test_of_predictions_test")]
     assert each[0].equals(each[1])
 
 
@@ -520,16 +540,16 @@ def test_chexbert_that_is_not_there(weights, vocabulary, said, texts, good, home
 def test_small_data(tmp_path, run, n, systems):
     studies = phantoms(n)
     if "val" not in n: studies = [replace(s, findings=None) for s in studies]
-    task = get_task(str(write_task(tmp_path/"bare", studies)), **small)
+    task = get_task(str(write_task(tmp_path/"data"/"bare", studies)), **small)
     said = evaluate(open_evaluation(task, run))
     assert pd.read_csv(tmp_path/"runs"/"bare"/"test_of_first"/"results.csv").system.nunique() == systems
     assert ("not measured here" in said) == ("val" not in n)
 
 
 def test_nothing_to_test(tmp_path, run):
-    task = get_task(str(write_task(tmp_path/"bare", phantoms(dict(train=4)))), **small)
+    task = get_task(str(write_task(tmp_path/"data"/"bare", phantoms(dict(train=4)))), **small)
     with pytest.raises(ValueError, match="no test studies"): open_evaluation(task, run)
-    task = get_task(str(write_task(tmp_path/"bare", phantoms(dict(test=4)))), **small, profile="chen", style="iu_x_ray")
+    task = get_task(str(write_task(tmp_path/"data"/"bare", phantoms(dict(test=4)))), **small, profile="chen", style="iu_x_ray")
     with pytest.raises(ValueError, match="use profile raw"): open_evaluation(task, run)
 
 
@@ -573,19 +593,19 @@ def test_with_meteor(task, run, monkeypatch):
 def test_page_of_predictions(tmp_path):
     "The notebook on two files, one of them compared, without images; then on one that lacks a study."
     studies = phantoms(dict(train=12, val=4, test=6))
-    texts_only(tmp_path/"texts", studies)
+    texts_only(tmp_path/"data"/"texts", studies)
     good = {s.id: s.report for s in studies[-6:]}
     a, b = table(tmp_path/"a.csv", good), table(tmp_path/"b.csv", dict(zip(good, [*good.values()][::-1])))
-    done = papermill("04_results", tmp_path/"out.ipynb", tmp_path, task=str(tmp_path/"texts"), predictions=str(a), compare=str(b))
+    done = papermill("04_results", tmp_path/"out.ipynb", tmp_path, task=str(tmp_path/"data"/"texts"), predictions=str(a), compare=str(b))
     assert done.returncode == 0, done.stderr[-3000:]
     page, known = (tmp_path/"out.ipynb").read_text(), json.loads((tmp_path/"runs"/"texts"/"test_of_a"/"results.json").read_text())
     assert "No images are at hand" in page and "No model" in page
     folder = tmp_path/"runs"/"texts"/"test_of_a"
     (folder/"results.json").rename(tmp_path/"by_notebook.json")
-    command = [sys.executable, "-m", "cvt2distilgpt2.results", "--task", str(tmp_path/"texts"), "--predictions", str(a), "--compare", str(b)]
+    command = [sys.executable, "-m", "cvt2distilgpt2.results", "--task", str(tmp_path/"data"/"texts"), "--predictions", str(a), "--compare", str(b)]
     subprocess.run(command, check=True, env={**os.environ, "CVT2DISTILGPT2_HOME": str(tmp_path)}, capture_output=True)
     again = json.loads((folder/"results.json").read_text())
     for name in ("scores", "protocols", "comparison", "diversity", "findings", "degenerate", "summary"): assert again[name] == known[name]
     table(tmp_path/"c.csv", dict([*good.items()][1:]))
-    done = papermill("04_results", tmp_path/"out.ipynb", tmp_path, task=str(tmp_path/"texts"), predictions=str(tmp_path/"c.csv"))
+    done = papermill("04_results", tmp_path/"out.ipynb", tmp_path, task=str(tmp_path/"data"/"texts"), predictions=str(tmp_path/"c.csv"))
     assert done.returncode != 0 and "test studies without a report, 1: 's16'" in done.stderr

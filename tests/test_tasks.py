@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from trees import make_iu, make_mimic
 
-from cvt2distilgpt2.tasks import (TASKS, DataError, Study, Task, get_task, open_task, read_annotation, task_parameters,
+from cvt2distilgpt2.tasks import (TASKS, DataError, Study, Task, get_task, open_task, project_root, read_annotation, task_parameters,
                                   write_annotation)
 
 GOOD = {s: [dict(id=f"{s}{i}", report="Clear lungs.", image_path=[f"{s}{i}/0.png"], split=s, patient=f"{s}{i}") for i in range(2)]
@@ -211,3 +211,25 @@ def test_installed_alone_the_project_is_the_working_directory(tmp_path):
     said = subprocess.run([sys.executable, "-c", "from cvt2distilgpt2.tasks import project_root; print(project_root())"], text=True,
                           capture_output=True, cwd=tmp_path/"elsewhere", env={**os.environ, "PYTHONPATH": str(tmp_path/"site"), "CVT2DISTILGPT2_HOME": ""}).stdout
     assert said.strip() == str(tmp_path/"elsewhere")
+
+
+def test_folder_called_demo_is_not_the_demo(tmp_path, monkeypatch):
+    (tmp_path/"demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert get_task("./demo").name.startswith("demo-")
+    assert get_task("demo").name == "demo"
+
+
+def test_folder_within_data_keeps_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("CVT2DISTILGPT2_HOME", str(tmp_path))
+    task = get_task(str(tmp_path/"data"/"mine"))
+    assert (task.name, task.address) == ("mine", str(tmp_path/"data"/"mine"))
+
+
+def test_tilde_is_the_users_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CVT2DISTILGPT2_HOME", "~/scratch")
+    assert project_root() == tmp_path/"scratch"
+    task = get_task("~/mine", images="~/pictures", encoder="~/cvt")
+    assert task.annotation_path == tmp_path/"mine"/"annotation.json"
+    assert (task.image_folder, task.encoder) == (tmp_path/"pictures", str(tmp_path/"cvt"))

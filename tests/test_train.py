@@ -1,6 +1,7 @@
 "Training: the recipe to the letter, a whole run, resumption to the same weights, the published layouts, several processes, real studies."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from cvt2distilgpt2 import train as training
 from cvt2distilgpt2.data import make_labels
 from cvt2distilgpt2.decoder import load_tokenizer
 from cvt2distilgpt2.phantom import draw, sample_phantom
+from cvt2distilgpt2.prepare import prepare
 from cvt2distilgpt2.tasks import Study, get_task, open_task, write_annotation
-from cvt2distilgpt2.train import _batch_plan, load_model, make_model, make_trainer, references_of, run_folder, task_labels, train, write_predictions
+from cvt2distilgpt2.train import _batch_plan, data_identity, load_model, main, make_model, make_trainer, references_of, run_folder, task_labels, train, write_predictions
 from trees import make_iu, make_mimic
 
 torch.set_num_threads(1)
@@ -102,7 +104,8 @@ def test_run_is_whole_and_never_sees_the_test_split(folder, home, monkeypatch):
     task = get_task(str(folder), **{**quick, "warm_start": 1})
     run = train(task, run="one")
     assert {s.split for s in seen} == {"train", "val"}
-    assert json.loads((run/"config.json").read_text()) == asdict(task)
+    config = json.loads((run/"config.json").read_text())
+    assert config.pop("data") == data_identity(task) and config == asdict(task)
     metrics = json.loads((run/"metrics.json").read_text())
     assert metrics["seed"] == 0 and metrics["data"]["train"] == 16 and len(metrics["data"]["annotation_sha256"]) == 64
     assert metrics["versions"]["torch"] == version("torch") and metrics["hardware"]["cores"] and metrics["code"].startswith("0.")
@@ -138,6 +141,48 @@ def test_run_with_other_settings_or_a_path_as_name_is_refused(folder, home):
         with pytest.raises(ValueError, match="plain name"): run_folder(task, name)
 
 
+def test_run_is_not_resumed_with_changed_data(folder, home, tmp_path):
+    "A run knows its data by path and sum; the error names both files."
+    copy = shutil.copytree(folder, tmp_path/"copy")
+    task = get_task(str(copy), **quick)
+    begun = run_folder(task, "one")
+    studies = [s for v in open_task(task).values() for s in v]
+    write_annotation(studies[1:], copy/"annotation.json")
+    with pytest.raises(ValueError, match=f"{begun} was made with {copy}/annotation.json .* now reads {copy}/annotation.json"):
+        run_folder(task, "one")
+
+
+def test_folders_of_the_same_last_name_do_not_share_runs(folder, home, tmp_path):
+    task, other = (get_task(str(shutil.copytree(folder, tmp_path/place/"mine"))) for place in ("a", "b"))
+    assert task.name != other.name
+    assert run_folder(task, "one") != run_folder(other, "one")
+
+
+def test_demo_may_draw_more_phantoms_between_two_runs(home):
+    task = get_task("demo", n_train=2, n_val=1, n_test=1, resize=112)
+    prepare(task)
+    begun = run_folder(task, "one")
+    prepare(replace(task, n_train=3))
+    assert run_folder(task, "one") == begun
+
+
+def test_command_line_answers_mistakes_with_a_sentence(folder, home):
+    words = ["--task", str(folder), *(w for n, v in quick.items() for w in (f"--{n}", str(v)))]
+    for more, said in ((["--max_length", "2000"], "decoder has"), (["--init", "~/nothing"], "nothing"),
+                       (["--device_batch", "3"], "does not divide"), (["--n_val", "0"], "n_val"), (["--run", "a/b"], "plain name")):
+        with pytest.raises(SystemExit) as e: main([*words, *more])
+        assert e.value.code == 2 or said in str(e.value), more
+
+
+def test_saved_model_knows_its_views(folder, home):
+    "Also one that was saved before models did: its run knows."
+    for run, processor in (("new", {}), ("old", {"views": None})):
+        place = train(get_task(str(folder), **quick, views=1), run=run)
+        path = place/"model"/"preprocessor_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | processor))
+        assert load_model(place).image_processor.views == load_model(place/"model").image_processor.views == 1
+
+
 def test_init_starts_from_a_run(folder, home):
     task = get_task(str(folder), **quick)
     run = train(task, run="one")
@@ -157,7 +202,7 @@ def command(task: Path, run: str, *more: str) -> list[str]:
 
 def test_killed_run_resumes_to_the_same_weights(folder, home):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CVT2DISTILGPT2_HOME": str(home)}
-    runs = home/"runs"/"phantoms"
+    runs = home/"runs"/get_task(str(folder)).name
     subprocess.run([sys.executable, *command(folder, "whole")], env=environment, check=True, capture_output=True, timeout=300)
     process = subprocess.Popen([sys.executable, *command(folder, "killed")], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     until = time.time() + 300
@@ -177,7 +222,7 @@ def test_two_processes_train_one_run(folder, home):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", *command(folder, "two")[1:]]
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    run = home/"runs"/"phantoms"/"two"
+    run = home/"runs"/get_task(str(folder)).name/"two"
     metrics = json.loads((run/"metrics.json").read_text())
     assert metrics["hardware"]["processes"] == 2
     predictions = pd.read_csv(run/"predictions_val.csv", keep_default_na=False)
