@@ -8,25 +8,24 @@ __all__ = ['PROTOCOLS', 'AS_GIVEN', 'BLEU_STATISTICS', 'ROUGE_BETA', 'CIDER_SIGM
            'SOURCES', 'SCORES', 'CHEN', 'R2GEN', 'UNKNOWN', 'EXAMPLE', 'PUBLISHED', 'scored_text', 'JavaError',
            'java_command', 'ptb_texts', 'Protocol', 'scored_texts', 'make_protocol', 'paired_texts', 'read_table',
            'read_predictions', 'bleu_statistics', 'bleu_score', 'rouge_l_statistics', 'mean_score', 'ngram_counts',
-           'cider_statistics', 'meteor_command', 'MeteorError', 'Meteor', 'meteor_score', 'report_statistics',
-           'corpus_scores', 'per_report', 'nlg_scores', 'score_protocols', 'most_frequent_reports', 'constant_report',
-           'shuffled', 'shuffled_scores', 'diversity', 'resampled_sums', 'bootstrap_interval', 'with_interval',
-           'exchanged_differences', 'paired_comparison', 'compare_systems', 'over_seeds', 'published']
+           'cider_statistics', 'meteor_command', 'MeteorError', 'run_meteor', 'meteor_statistics', 'meteor_score',
+           'report_statistics', 'systems_statistics', 'corpus_scores', 'per_report', 'nlg_scores', 'score_protocols',
+           'most_frequent_reports', 'constant_report', 'shuffled', 'chance_scores', 'shuffled_scores', 'diversity',
+           'resampled_sums', 'bootstrap_interval', 'with_interval', 'exchanged_differences', 'paired_comparison',
+           'compare_systems', 'over_seeds', 'published']
 
 # %% ../nbs/02a_metrics.ipynb #02a-002
 import csv
 import io
-import queue
 import re
 import shutil
 import subprocess
-import tempfile
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -335,60 +334,28 @@ def meteor_command() -> list[str]: # the command line that runs METEOR on standa
 class MeteorError(JavaError):
     "Says that METEOR's Java process died, hangs, or answered nonsense."
 
-def _read(stream, replies: queue.Queue) -> None:
-    "Put each line of `stream` into `replies`, and None at its end."
-    for line in stream: replies.put(line.decode("utf-8", "replace").strip())
-    replies.put(None)
 
-def _write(stream, lines: list[str]) -> None:
-    "Write `lines` to `stream`; that a process is gone is noticed where its reply is missed."
-    with suppress(OSError):
-        for line in lines: stream.write((line + "\n").encode("utf-8", "replace"))
-        stream.flush()
-
-def _beside(function, *args) -> threading.Thread:
-    "Run `function` in a thread of its own."
-    thread = threading.Thread(target=function, args=args, daemon=True)
-    thread.start()
-    return thread
-
-# %% ../nbs/02a_metrics.ipynb #02a-069
-def _start(command: list[str]) -> subprocess.Popen:
-    "Start `command`; its replies go to `process.replies`, its complaints to `process.log`."
-    log = tempfile.TemporaryFile()
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-    process.log, process.replies = log, queue.Queue()
-    process.threads = [_beside(_read, process.stdout, process.replies)]
-    return process
-
-def _stop(process: subprocess.Popen) -> None:
-    "Kill `process` and wait until it is gone."
-    process.kill()
-    process.wait()
-    for thread in process.threads: thread.join(1)
-    if any(thread.is_alive() for thread in process.threads): return # something else holds its pipes open
-    for stream in (process.stdin, process.stdout, process.log):
-        with suppress(OSError): stream.close()
-
-# %% ../nbs/02a_metrics.ipynb #02a-070
-def _reply(process: subprocess.Popen, timeout: float) -> str:
-    "Return the next line that `process` answers; raises `MeteorError` if it ended, or after `timeout` seconds."
-    try: line = process.replies.get(timeout=timeout)
-    except queue.Empty: raise MeteorError(f"METEOR gave no answer for {timeout:g} seconds; if a report is very long, give Meteor a longer timeout") from None
-    if line is not None: return line
-    with suppress(subprocess.TimeoutExpired): process.wait(1)
-    process.log.seek(0)
-    said = process.log.read().decode("utf-8", "replace").strip()[-1000:]
-    raise MeteorError(f"METEOR's Java process ended with status {process.returncode}: {said or 'it said nothing'}")
-
-def _ask(process: subprocess.Popen, lines: list[str], n: int, timeout: float, read) -> list:
-    "Send `lines` to `process`, return its `n` replies as `read` reads them; raises `MeteorError`, the process being stopped."
-    if process.returncode is not None: raise MeteorError("METEOR does not run: its `with` block is over, or an earlier error stopped it")
-    process.threads.append(_beside(_write, process.stdin, lines))
-    try: return [read(_reply(process, timeout)) for _ in range(n)]
-    except BaseException: # also when interrupted: what comes later would be taken for the answer to something else
-        _stop(process)
-        raise
+def run_meteor(
+    lines: list[str],  # requests
+    timeout: float,  # seconds, for all of them
+) -> list[str]:  # the lines that the jar answers
+    "Run METEOR on `lines`; raises `MeteorError`, and `FileNotFoundError` without Java or the jar."
+    requests = "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
+    try:
+        done = subprocess.run(
+            meteor_command(), input=requests, capture_output=True, timeout=timeout, check=True
+        )
+    except subprocess.TimeoutExpired as e:
+        raise MeteorError(
+            f"METEOR was not done after {timeout:g} seconds with {len(lines):,} reports; "
+            "if they are very long, score fewer at once"
+        ) from e
+    except subprocess.CalledProcessError as e:
+        complaint = e.stderr.decode("utf-8", "replace").strip()[-1000:] or "it said nothing"
+        raise MeteorError(
+            f"METEOR's Java process ended with status {e.returncode}: {complaint}"
+        ) from e
+    return done.stdout.decode("utf-8", "replace").splitlines()
 
 # %% ../nbs/02a_metrics.ipynb #02a-072
 METEOR_STAGES = ("exact", "stem", "synonym", "paraphrase") # how two words can match; in this order in METEOR's output
@@ -415,30 +382,22 @@ def _spare_whole(statistics: np.ndarray) -> np.ndarray: # (n, 23)
     return table.assign(chunks=table.chunks.mask(whole, 0)).to_numpy()
 
 # %% ../nbs/02a_metrics.ipynb #02a-075
-class Meteor:
-    "Run METEOR within a `with` block; without Java or the jar it warns, and its statistics are NaN."
-
-    def __init__(self, timeout: float = 60.0): # seconds to wait for any one reply, the start included
-        self.timeout, self.process = timeout, None
-
-    def __enter__(self):
-        try: command = meteor_command()
-        except FileNotFoundError as reason: warnings.warn(f"METEOR is left out: {reason}", stacklevel=2)
-        else: self.process = _start(command)
-        return self
-
-    def __exit__(self, *error):
-        if self.process is not None: _stop(self.process)
-
-    def ask(self, lines: list[str], n: int, read) -> list: # the `n` lines that answer `lines`, each as `read` reads it
-        "Talk to the jar; raises `MeteorError`, and stops it then."
-        return _ask(self.process, lines, n, self.timeout, read)
-
-    def statistics(self, texts: list[str], references: list[list[str]]) -> np.ndarray: # (n, 23), `METEOR_STATISTICS`
-        "Align `n` texts, each with the one of its references that fits best; raises `MeteorError`."
-        if self.process is None: return np.full((len(texts), len(METEOR_STATISTICS)), np.nan)
-        rows = self.ask(list(map(_meteor_line, texts, references)), len(texts), _meteor_numbers)
-        return _spare_whole(np.array(rows).reshape(-1, len(METEOR_STATISTICS)))
+def meteor_statistics(
+    texts: list[str],
+    references: list[list[str]],  # of each text, one or several
+    timeout: float | None = None,  # seconds; None: a minute, and a tenth of a second a report
+) -> np.ndarray:  # (n, 23), `METEOR_STATISTICS`; NaN without Java or the jar, with a warning
+    "Align each text with the one of its references that fits best; raises `MeteorError`."
+    lines = [_meteor_line(text, known) for text, known in zip(texts, references, strict=True)]
+    try:
+        replies = run_meteor(lines, timeout or 60 + len(lines) / 10)
+    except FileNotFoundError as reason:
+        warnings.warn(f"METEOR is left out: {reason}", stacklevel=2)
+        return np.full((len(texts), len(METEOR_STATISTICS)), np.nan)
+    rows = [_meteor_numbers(reply) for reply in replies]
+    if len(rows) != len(texts):
+        raise MeteorError(f"METEOR answered {len(rows):,} of {len(texts):,} reports")
+    return _spare_whole(np.array(rows).reshape(-1, len(METEOR_STATISTICS)))
 
 # %% ../nbs/02a_metrics.ipynb #02a-078
 METEOR_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])                # of the stages, in the order of `METEOR_STAGES`
@@ -467,32 +426,57 @@ FAMILIES = { # family: (its metrics, its statistics, its formula over their sums
     "rouge_l": (("rouge_l",), ("score", "reports"), mean_score),
     "cider": (("cider",), ("score", "reports"), mean_score)}
 
-def _meteor_statistics(texts: list[str], references: list[list[str]], meteor: Meteor | None) -> np.ndarray:
-    "Ask `meteor`, or one that runs only for this call."
-    if meteor is not None: return meteor.statistics(texts, references)
-    with Meteor() as meteor: return meteor.statistics(texts, references)
+
+def _collect(
+    sets: dict[str, tuple[list, list[str], list[list[str]]]],  # name: ids, texts, references
+    metrics: tuple[str, ...],  # which of `METRICS`
+) -> dict[str, pd.DataFrame]:  # name: a row for each report, columns (family, statistic)
+    "Collect the statistics of several sets of reports; METEOR is started once for all of them."
+    unknown = [m for m in metrics if m not in METRICS]
+    if unknown or isinstance(metrics, str) or not metrics:
+        raise ValueError(
+            f"metrics must be a tuple of names among {', '.join(METRICS)}, not {metrics!r}"
+        )
+    collect = {"bleu": bleu_statistics, "rouge_l": rouge_l_statistics, "cider": cider_statistics}
+    if "meteor" in metrics:
+        texts = [text for _, texts, _ in sets.values() for text in texts]
+        references = [known for *_, references in sets.values() for known in references]
+        aligned = iter(meteor_statistics(texts, references))
+        collect["meteor"] = lambda texts, references: list(islice(aligned, len(texts)))
+    wanted = {f: names for f, (metrics_of, names, _) in FAMILIES.items() if {*metrics_of} & {*metrics}}
+    tables = {}
+    for name, (ids, texts, references) in sets.items():
+        index = pd.Index(ids, name="id", tupleize_cols=False)
+        families = {
+            family: pd.DataFrame(collect[family](texts, references), index, names)
+            for family, names in wanted.items()
+        }
+        tables[name] = pd.concat(families, axis=1)
+    return tables
 
 # %% ../nbs/02a_metrics.ipynb #02a-086
 def report_statistics(
-    predictions: dict | list,           # {id: report}, or reports in the order of `references`
-    references: dict | list,            # {id: report} or {id: [reports]}, or a list of either
-    metrics: tuple[str, ...] = METRICS, # which of `METRICS` are wanted; BLEU-1 to BLEU-4 come together
-    meteor: Meteor | None = None,       # a running one, to share its start among several calls; None: one for this call
-    protocol: Protocol = AS_GIVEN,      # what is done to the texts first; its name goes with the statistics (`attrs`)
-) -> pd.DataFrame:                      # a row for each report, columns (family, statistic)
+    predictions: dict | list,  # {id: report}, or reports in the order of `references`
+    references: dict | list,  # {id: report} or {id: [reports]}, or a list of either
+    metrics: tuple[str, ...] = METRICS,  # which of `METRICS`; BLEU-1 to BLEU-4 come together
+    protocol: Protocol = AS_GIVEN,  # what is done to the texts first; its name goes into `attrs`
+) -> pd.DataFrame:  # a row for each report, columns (family, statistic)
     "Collect what all scores are made of; raises `ValueError` for unknown metrics and for ids that do not fit, `JavaError`."
-    unknown = [m for m in metrics if m not in METRICS]
-    if unknown or isinstance(metrics, str) or not metrics:
-        raise ValueError(f"metrics must be a tuple of names among {', '.join(METRICS)}, not {metrics!r}")
-    ids, texts, references = paired_texts(predictions, references, protocol)
-    collect = {"bleu": bleu_statistics, "rouge_l": rouge_l_statistics, "cider": cider_statistics,
-               "meteor": lambda texts, references: _meteor_statistics(texts, references, meteor)}
-    wanted = [family for family, (names, *_) in FAMILIES.items() if set(names) & set(metrics)]
-    tables = {family: pd.DataFrame(collect[family](texts, references), pd.Index(ids, name="id", tupleize_cols=False), FAMILIES[family][1])
-              for family in wanted}
-    statistics = pd.concat(tables, axis=1)
-    statistics.attrs["protocol"] = protocol.name
-    return statistics
+    return systems_statistics({"": predictions}, references, metrics, protocol)[""]
+
+
+def systems_statistics(
+    systems: dict[str, dict | list],  # name: predictions on the same studies
+    references: dict | list,  # as `report_statistics` takes them
+    metrics: tuple[str, ...] = METRICS,  # which of `METRICS`
+    protocol: Protocol = AS_GIVEN,
+) -> dict[str, pd.DataFrame]:  # name: what `report_statistics` returns
+    "Collect the statistics of several systems; raises as `report_statistics` does."
+    sets = {name: paired_texts(p, references, protocol) for name, p in systems.items()}
+    tables = _collect(sets, metrics)
+    for table in tables.values():
+        table.attrs["protocol"] = protocol.name
+    return tables
 
 # %% ../nbs/02a_metrics.ipynb #02a-087
 def _scores(sums: np.ndarray, columns: pd.MultiIndex) -> dict[str, np.ndarray]:
@@ -529,19 +513,29 @@ def nlg_scores(
 
 # %% ../nbs/02a_metrics.ipynb #02a-105
 def score_protocols(
-    predictions: dict | list,           # {id: report}, or reports in the order of `references`
-    references: dict | list,            # as the radiologists wrote them: {id: report} or {id: [reports]}, or a list of either
-    protocols: list[Protocol],          # from `make_protocol`
-    metrics: tuple[str, ...] = METRICS, # which of `METRICS`
-) -> pd.DataFrame:                      # a row for each protocol: scores, and `missing`: what is, and why
+    predictions: dict | list,  # {id: report}, or reports in the order of `references`
+    references: dict | list,  # as the radiologists wrote them, one or several a report
+    protocols: list[Protocol],  # from `make_protocol`
+    metrics: tuple[str, ...] = METRICS,  # which of `METRICS`
+) -> pd.DataFrame:  # a row for each protocol: scores, and `missing`: what is, and why
     "Score reports under several protocols; raises as `report_statistics`, but goes on where there is no Java."
+    sets, missing = {}, {}
+    for protocol in protocols:
+        try:
+            sets[protocol.name] = paired_texts(predictions, references, protocol)
+        except FileNotFoundError as reason:
+            missing[protocol.name] = f"all: {reason}"
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        tables = _collect(sets, metrics)
+    left_out = "; ".join(str(w.message) for w in warned)
     rows = {}
-    with warnings.catch_warnings(record=True) as warned, Meteor() if "meteor" in metrics else nullcontext() as meteor:
-        for protocol in protocols:
-            try: scores = corpus_scores(report_statistics(predictions, references, metrics, meteor, protocol))
-            except FileNotFoundError as reason: rows[protocol.name] = dict(missing=f"all: {reason}")
-            else: rows[protocol.name] = {m: scores[m] for m in metrics} | dict(missing="; ".join(str(w.message) for w in warned))
-    return pd.DataFrame(rows, [*metrics, "missing"]).T.astype(dict.fromkeys(metrics, float)).rename_axis("protocol")
+    for name in (p.name for p in protocols):
+        scores = corpus_scores(tables[name]) if name in tables else {}
+        rows[name] = {m: scores.get(m, np.nan) for m in metrics}
+        rows[name]["missing"] = missing.get(name, left_out)
+    table = pd.DataFrame(rows, [*metrics, "missing"]).T
+    return table.astype(dict.fromkeys(metrics, float)).rename_axis("protocol")
 
 # %% ../nbs/02a_metrics.ipynb #02a-119
 def most_frequent_reports(
@@ -576,19 +570,28 @@ def shuffled(
     return dict(zip(predictions, texts)) if isinstance(predictions, dict) else texts
 
 # %% ../nbs/02a_metrics.ipynb #02a-127
+def chance_scores(
+    statistics: list[pd.DataFrame],  # of shuffled reports, from `systems_statistics`
+    metrics: tuple[str, ...] = METRICS,  # which of `METRICS`
+) -> pd.DataFrame:  # a row for each metric: mean, low, high (95 % lie between), protocol
+    "Summarise the scores of shuffled reports."
+    scores = pd.DataFrame([corpus_scores(table) for table in statistics])[list(metrics)]
+    low, high = scores.quantile(0.025), scores.quantile(0.975)
+    protocol = statistics[0].attrs["protocol"]
+    return pd.DataFrame({"mean": scores.mean(), "low": low, "high": high, "protocol": protocol})
+
+
 def shuffled_scores(
-    predictions: dict | list,           # {id: report}, or reports in the order of `references`; at least two
-    references: dict | list,            # {id: report} or {id: [reports]}, or a list of either
-    shuffles: int = 20,                 # how many; METEOR takes as long for each as for the reports themselves
-    metrics: tuple[str, ...] = METRICS, # which of `METRICS`
+    predictions: dict | list,  # {id: report}, or reports in the order of `references`; at least two
+    references: dict | list,  # {id: report} or {id: [reports]}, or a list of either
+    shuffles: int = 20,  # how many; METEOR takes as long for each as for the reports themselves
+    metrics: tuple[str, ...] = METRICS,  # which of `METRICS`
     protocol: Protocol = AS_GIVEN,
-    meteor: Meteor | None = None,       # a running one, to share its start; None: one for this call
-) -> pd.DataFrame:                      # a row for each metric: mean, low, high (95 % of the shuffles lie between), protocol
+) -> pd.DataFrame:  # from `chance_scores`
     "Score shuffled reports; raises as `shuffled` and `report_statistics` do."
-    with Meteor() if "meteor" in metrics and meteor is None else nullcontext(meteor) as meteor:
-        scores = pd.DataFrame([corpus_scores(report_statistics(shuffled(predictions, seed), references, metrics, meteor, protocol))
-                               for seed in tqdm(range(shuffles), "scoring shuffles", leave=False)])[list(metrics)]
-    return pd.DataFrame({"mean": scores.mean(), "low": scores.quantile(0.025), "high": scores.quantile(0.975), "protocol": protocol.name})
+    systems = {str(seed): shuffled(predictions, seed) for seed in range(shuffles)}
+    statistics = systems_statistics(systems, references, metrics, protocol)
+    return chance_scores(list(statistics.values()), metrics)
 
 # %% ../nbs/02a_metrics.ipynb #02a-132
 def diversity(

