@@ -33,7 +33,7 @@ import pandas as pd
 import pycocoevalcap.meteor.meteor as coco_meteor
 from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 from pycocoevalcap.tokenizer import ptbtokenizer
-from tqdm import tqdm
+from rapidfuzz.distance import LCSseq
 
 from .data import PROFILES, Labels
 from .tasks import ALIASES
@@ -235,24 +235,21 @@ def bleu_score(
     return np.cumprod(precision, axis=-1) ** (1/np.arange(1, 5)) * brevity[..., None]
 
 # %% ../nbs/02a_metrics.ipynb #02a-049
-ROUGE_BETA = 1.2 # how much more recall counts
+ROUGE_BETA = 1.2  # how much more recall counts
 
-def _common(a: list[str], b: list[str]) -> int:
-    "Measure the longest common subsequence, a row of the table at a time in the bits of one number (Hyyrö 2004)."
-    places, ones = {}, (1 << len(a)) - 1
-    for i, word in enumerate(a): places[word] = places.get(word, 0) | 1 << i
-    row = ones # a bit is 0 where the length grows
-    for word in b:
-        found = row & places.get(word, 0)
-        row = (row + found | row - found) & ones
-    return len(a) - row.bit_count()
 
 def _rouge_l(text: str, references: list[str]) -> float:
     "Score one report with its best precision and its best recall."
-    words, sets = text.split(" "), [reference.split(" ") for reference in references]
-    common = [_common(words, others) for others in sets]
-    precision, recall = max(common) / len(words), max(c / len(others) for c, others in zip(common, sets))
-    return (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision) if precision else 0.0
+    words = text.split(" ")
+    precision, recall = 0.0, 0.0
+    for reference in references:
+        others = reference.split(" ")
+        common = LCSseq.similarity(words, others)  # words in the longest common subsequence
+        precision = max(precision, common / len(words))
+        recall = max(recall, common / len(others))
+    if not precision:
+        return 0.0
+    return (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
 
 # %% ../nbs/02a_metrics.ipynb #02a-050
 def rouge_l_statistics(
