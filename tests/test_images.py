@@ -21,7 +21,18 @@ from pydicom.uid import (UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndia
                          JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless, MPEG2MPML, RLELossless)
 
 from cvt2distilgpt2 import images
-from cvt2distilgpt2.images import is_blank, open_image, read_image, read_size, scale_to_8_bit, to_8_bit, view_name, view_of
+from cvt2distilgpt2.images import (
+    BadImage,
+    is_blank,
+    open_image,
+    open_visible,
+    read_image,
+    read_size,
+    scale_to_8_bit,
+    to_8_bit,
+    view_name,
+    view_of,
+)
 from cvt2distilgpt2.tasks import DataError
 
 RAMP = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (32, 1)) # (32, 64), from black to almost white
@@ -245,6 +256,188 @@ def test_read_image_takes_what_holds_an_image(tmp_path):
     with pytest.raises(TypeError, match="list"): read_image([RAMP])
 
 
+ARRAY_TYPES = [
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16",
+    "float32", "float64", ">i2", ">u2", ">f4",
+]
+
+
+def full_range(dtype, shape):
+    "Make an array whose values span all that `dtype` has (floats: what they hold exactly)."
+    dtype = np.dtype(dtype)
+    share = np.linspace(0, 1, np.prod(shape)).reshape(shape)
+    if dtype.kind == "b": return share > 0.5
+    if dtype.kind == "f": return (share*2000 - 1000).astype(dtype)
+    limits = np.iinfo(dtype)
+    steps = (share*255).astype(np.uint64).astype(object)
+    return (steps*(limits.max - limits.min)//255 + limits.min).astype(dtype)
+
+
+@pytest.mark.parametrize("shape", [(32, 40), (32, 40, 1), (32, 40, 3)])
+@pytest.mark.parametrize("dtype", ARRAY_TYPES)
+def test_array_of_any_numbers_is_scaled_by_its_range(dtype, shape):
+    array = full_range(dtype, shape)
+    opened = read_image(array)
+    exact = array.astype(object) if array.dtype.kind in "iu" else array.astype(float)
+    wanted = (exact - exact.min())/(exact.max() - exact.min())*255
+    if shape[2:] == (3,): opened = opened.convert("RGB") # truth values that are alike in all colours become grey
+    assert opened.mode == ("RGB" if shape[2:] == (3,) else "L")
+    assert np.abs(np.asarray(opened).reshape(shape) - wanted.astype(float)).max() <= 0.501
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_array_of_large_integers_keeps_small_differences(dtype):
+    large = RAMP.astype(dtype) + np.array(2**62, dtype)
+    assert np.array_equal(read_image(large), scale_to_8_bit(RAMP))
+
+
+def test_array_of_bytes_is_shown_as_it_is():
+    assert np.array_equal(read_image(RAMP[..., None]), RAMP)
+    colour = np.stack([RAMP, RAMP//2, RAMP//3], -1)
+    assert np.array_equal(read_image(colour), colour)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "object", "datetime64[s]", "S1", "V4"])
+def test_array_that_holds_no_numbers_is_refused(dtype):
+    with pytest.raises(TypeError, match="no image: give bool, integers or floats"):
+        read_image(np.zeros((32, 32), dtype))
+
+
+@pytest.mark.parametrize("shape", [
+    (), (32,), (32, 40, 0), (32, 40, 2), (32, 40, 4), (1, 32, 40), (3, 32, 40), (1, 32, 40, 3),
+])
+def test_array_of_another_shape_is_refused(shape):
+    with pytest.raises(BadImage, match=r"shape \(.*Give one image as \(H, W\)"):
+        read_image(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("height, width", [(0, 0), (0, 40), (15, 40), (40, 15), (9_000, 9_000)])
+@pytest.mark.parametrize("holds", ["array", "picture"])
+def test_sizes_that_no_radiograph_has_are_refused(height, width, holds):
+    array = np.broadcast_to(np.uint8(0), (height, width))
+    image = array if holds == "array" else Image.new("L", (width, height))
+    with pytest.raises(BadImage, match=f"{width} x {height} pixels. Sides must be"):
+        read_image(image)
+
+
+# several images in a file
+
+SEVERAL = {"tif": {}, "gif": {}, "png": {}, "webp": dict(lossless=True)}
+
+
+def several(path, **options):
+    "Write two images into one file."
+    other = Image.fromarray(255 - RAMP).convert("RGB")
+    return save(path, Image.fromarray(RAMP).convert("RGB"), save_all=True, append_images=[other], **options)
+
+
+@pytest.mark.parametrize("suffix", SEVERAL)
+def test_file_of_several_images_is_refused(tmp_path, suffix):
+    path = several(tmp_path/f"a.{suffix}", **SEVERAL[suffix])
+    for look in (open_image, read_size):
+        assert "of several images" in problem(path, look).what
+    with Image.open(path) as image, pytest.raises(BadImage, match="of several images.*copy()"):
+        read_image(image)
+
+
+@pytest.mark.parametrize("suffix", SEVERAL)
+def test_frame_that_was_chosen_is_read(tmp_path, suffix):
+    with Image.open(several(tmp_path/f"a.{suffix}", **SEVERAL[suffix])) as image:
+        image.seek(1)
+        error = np.asarray(read_image(image.copy()).convert("L")).astype(int) - (255 - RAMP)
+    assert np.abs(error).max() <= 2
+
+
+@pytest.mark.parametrize("suffix", SEVERAL)
+def test_file_that_could_hold_several_images_but_holds_one_is_read(tmp_path, suffix):
+    path = save(tmp_path/f"a.{suffix}", Image.fromarray(RAMP), save_all=True, **SEVERAL[suffix])
+    assert np.array_equal(open_image(path).convert("L"), RAMP) and read_size(path) == (64, 32)
+
+
+def test_what_a_camera_puts_beside_a_photograph_is_not_another(tmp_path):
+    path = tmp_path/"a.jpg"
+    several(tmp_path/"a.mpo", quality=100).rename(path)
+    assert np.abs(np.asarray(open_image(path).convert("L")).astype(int) - RAMP).max() <= 2
+
+
+# TIFF that is inverted or signed
+
+UNSIGNED, SIGNED, FLOAT = 1, 2, 3 # SampleFormat
+WHITE_IS_ZERO, BLACK_IS_ZERO = 0, 1 # PhotometricInterpretation
+
+
+def tiff(path, order, bits, sample_format, photometric, width=64, height=32):
+    "Write a TIFF whose stored values rise from left to right over their whole range; return them."
+    low, high = (-2**(bits - 1), 2**(bits - 1) - 1) if sample_format == SIGNED else (0, 2**bits - 1)
+    row = [low + (high - low)*x//(width - 1) for x in range(width)]
+    if sample_format == FLOAT: row = [x/(width - 1) - 0.25 for x in range(width)]
+    mark = "<" if order == "II" else ">"
+    if bits == 12: # two values in three bytes
+        pixels = int("".join(f"{value:012b}" for value in row), 2).to_bytes(width*3//2, "big")
+    else:
+        letter = "f" if sample_format == FLOAT else {8: "b", 16: "h", 32: "i"}[bits]
+        pixels = struct.pack(f"{mark}{width}{letter if sample_format != UNSIGNED else letter.upper()}", *row)
+    pixels *= height
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height,
+            279: len(pixels), 339: sample_format}
+    tags = {tag: value for tag, value in tags.items() if value is not None}
+    entries = b"".join(struct.pack(f"{mark}HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = order.encode() + struct.pack(f"{mark}HI", 42, 8 + len(pixels))
+    path.write_bytes(head + pixels + struct.pack(f"{mark}H", len(tags)) + entries + bytes(4))
+    return np.tile(np.array(row, float), (height, 1))
+
+
+# what Pillow reads; the rest of the table is refused until it does
+READ_TIFFS = {
+    *((order, 8, UNSIGNED, white) for order in ("II", "MM") for white in (0, 1)),
+    *((order, 32, FLOAT, white) for order in ("II", "MM") for white in (0, 1)),
+    *((order, bits, SIGNED, 1) for order in ("II", "MM") for bits in (8, 16, 32)),
+    ("II", 12, UNSIGNED, 1), ("II", 16, UNSIGNED, 0), ("II", 16, UNSIGNED, 1),
+    ("MM", 16, UNSIGNED, 1), ("II", 32, UNSIGNED, 1),
+}
+
+
+@pytest.mark.parametrize("photometric", [WHITE_IS_ZERO, BLACK_IS_ZERO])
+@pytest.mark.parametrize("bits, sample_format", [
+    (8, UNSIGNED), (8, SIGNED), (12, UNSIGNED), (16, UNSIGNED), (16, SIGNED), (32, UNSIGNED),
+    (32, SIGNED), (32, FLOAT),
+])
+@pytest.mark.parametrize("order", ["II", "MM"])
+def test_tiff_is_never_a_negative(tmp_path, order, bits, sample_format, photometric):
+    path = tmp_path/"a.tif"
+    stored = tiff(path, order, bits, sample_format, photometric)
+    bright = (stored - stored.min())/np.ptp(stored)*255
+    wanted = 255 - bright if photometric == WHITE_IS_ZERO else bright
+    try: opened = np.asarray(open_image(path))
+    except DataError: assert (order, bits, sample_format, photometric) not in READ_TIFFS
+    else: assert np.abs(opened - wanted).max() <= 0.5 + 1e-6
+
+
+def test_tiff_in_hand_is_read_as_its_file_is(tmp_path):
+    tiff(tmp_path/"a.tif", "II", 16, UNSIGNED, WHITE_IS_ZERO)
+    with Image.open(tmp_path/"a.tif") as image: assert read_image(image) == open_image(tmp_path/"a.tif")
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_compressed_tiff_whose_white_is_zero(tmp_path, compression):
+    path = tmp_path/"a.tif"
+    Image.fromarray(RAMP.astype(np.uint16)*257).save(path, compression=compression)
+    content = path.read_bytes()
+    entry = struct.pack("<HHI", 262, 3, 1) # PhotometricInterpretation, one short number
+    assert content.count(entry + b"\1\0") == 1
+    wanted = 255 - np.asarray(open_image(path))
+    path.write_bytes(content.replace(entry + b"\1\0", entry + b"\0\0"))
+    assert np.array_equal(open_image(path), wanted)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_tiff_that_does_not_say_what_zero_is_is_refused(tmp_path, bits):
+    tiff(tmp_path/"a.tif", "II", bits, UNSIGNED, None)
+    for look in (open_image, read_size):
+        found = problem(tmp_path/"a.tif", look)
+        assert "whether zero is black or white" in found.what and "262" in found.mend
+
+
 # DICOM
 
 DEEP = RAMP.astype(np.uint16)*16 + 9 # the ramp in 12 bits
@@ -305,6 +498,73 @@ def test_windows_are_the_standards(tmp_path, dtype, bits, function):
         assert np.array_equal(inverted, 255 - shown(tmp_path/"a", **fields))
 
 
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("width", [1e-6, 0.01, 0.5, 0.999, 1, 1.001, 1.5, 2, 3, 300.25, 4096, 1e6, 1e12])
+def test_windows_of_any_width(tmp_path, width, function):
+    "Below 1, where LINEAR is not defined, it can only be LINEAR_EXACT."
+    formula = "LINEAR_EXACT" if function == "LINEAR" and width < 1 else function
+    for slope, intercept in ((1, 0), (1e-6, 0), (-1e-6, 0.002), (0.001, -7.5), (1e6, -1e9)):
+        values = DEEP*float(slope) + intercept
+        for center in (values[0, 20], values.mean(), float(values.max())):
+            center = float(f"{center:.8g}") # as a field of 16 characters holds it
+            seen = shown(tmp_path/"a", WindowCenter=center, WindowWidth=width, VOILUTFunction=function,
+                         RescaleSlope=slope, RescaleIntercept=intercept)
+            with np.errstate(over="ignore"): wanted = by_hand(values, center, width, formula)
+            near_a_step = np.abs(values - center + 0.5*(formula == "LINEAR")) < 1e-9*np.abs(values).max()
+            assert (np.abs(seen - wanted)[~near_a_step] <= 0.5 + 1e-3).all(), (slope, intercept, center)
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("center", [-30_000, 30_000])
+def test_window_that_shows_nothing_is_blank(tmp_path, center, photometric, function):
+    fields = dict(photometric=photometric, WindowCenter=center, WindowWidth=100, VOILUTFunction=function)
+    bordered = np.pad(DEEP.astype(np.int16), 4, constant_values=np.sign(center)*32_000)
+    for more in ({}, dict(pixels=bordered, bits=16, PixelPaddingValue=int(bordered[0, 0]))):
+        path = write(tmp_path/"a", **fields, **more)
+        assert is_blank(open_image(path))
+        assert "blank" in problem(path, open_visible).what
+
+
+@pytest.mark.parametrize("fields", [
+    dict(pixels=DEEP*0 + 7), dict(RescaleSlope=0, RescaleIntercept=5),
+    dict(pixels=np.pad(DEEP*0 + 7, 4, constant_values=4095), PixelPaddingValue=4095),
+    dict(pixels=np.pad(RAMP*0 + 7, 4), PixelPaddingValue=0),
+], ids=["constant", "no slope", "constant with a border", "constant bytes with a border"])
+def test_dicom_that_shows_nothing_is_blank(tmp_path, fields):
+    assert "blank" in problem(write(tmp_path/"a", **fields), open_visible).what
+
+
+def test_missing_half_of_the_modality_step_changes_nothing(tmp_path):
+    window = dict(WindowCenter=1000, WindowWidth=900)
+    for half, whole in ((dict(RescaleSlope=0.5), dict(RescaleSlope=0.5, RescaleIntercept=0)),
+                        (dict(RescaleIntercept=-900), dict(RescaleSlope=1, RescaleIntercept=-900))):
+        seen = shown(tmp_path/"a", **window, **half)
+        assert np.array_equal(seen, shown(tmp_path/"b", **window, **whole))
+        assert not np.array_equal(seen, shown(tmp_path/"c", **window))
+
+
+@pytest.mark.parametrize("dtype, bits", [(np.int8, 8), *STORED, (np.int16, 10)])
+def test_dicom_is_never_a_negative(tmp_path, dtype, bits):
+    "All that can turn black into white, alone and together."
+    low = -2**(bits - 1) if np.dtype(dtype).kind == "i" else 0
+    stored = np.tile(np.linspace(low, low + 2**bits - 1, 64).round(), (32, 1)).astype(dtype)
+    span = 2.0**bits - 1
+    ramp = (stored.astype(float) - low)/span*255
+    rising = table([round(i*65535/255) for i in range(256)], low, 16) # the first 256 values
+    for photometric, shape in (("MONOCHROME2", None), ("MONOCHROME2", "IDENTITY"), ("MONOCHROME1", None), ("MONOCHROME1", "INVERSE")):
+        for slope in (1, -1, 0.001, -0.001):
+            fields = dict(pixels=stored, bits=bits, photometric=photometric, RescaleSlope=slope, RescaleIntercept=0)
+            if shape: fields["PresentationLUTShape"] = shape
+            wanted = ramp if (slope > 0) == (photometric == "MONOCHROME2") else 255 - ramp
+            window = dict(WindowCenter=slope*(low + span/2), WindowWidth=abs(slope)*span, VOILUTFunction="LINEAR_EXACT")
+            for voi in ({}, window):
+                assert np.abs(shown(tmp_path/"a", **fields, **voi) - wanted).max() <= 0.5 + 1e-3
+        fields = dict(pixels=stored, bits=bits, photometric=photometric)
+        seen = shown(tmp_path/"a", **fields, VOILUTSequence=rising)[0]
+        assert (seen[0], seen[-1]) == ((0, 255) if photometric == "MONOCHROME2" else (255, 0))
+
+
 def test_window_is_pydicoms(tmp_path):
     "Their output, in the units of the stored values, is ours in 8 bits."
     rng = np.random.default_rng(0)
@@ -316,7 +576,7 @@ def test_window_is_pydicoms(tmp_path):
 def test_without_a_window_the_own_range_counts(tmp_path):
     wanted = np.round((DEEP - 9.0)/(DEEP.max() - 9)*255)
     assert np.abs(shown(tmp_path/"a") - wanted).max() <= 1
-    for fields in (dict(RescaleSlope=3, RescaleIntercept=-7), dict(WindowCenter=None, WindowWidth=None, RescaleSlope=None, RescaleIntercept=None, VOILUTFunction=""),
+    for fields in (dict(RescaleSlope=3, RescaleIntercept=-7), dict(NumberOfFrames=None), dict(WindowCenter=None, WindowWidth=None, RescaleSlope=None, RescaleIntercept=None, VOILUTFunction=""),
                    dict(WindowCenter=0, WindowWidth=0), dict(WindowCenter=[5, 5], WindowWidth=[0, 3]), dict(WindowWidth=50), dict(RescaleSlope=2)):
         assert np.array_equal(shown(tmp_path/"b", **fields), shown(tmp_path/"a")), fields
     assert np.array_equal(shown(tmp_path/"c", RescaleSlope=-1, RescaleIntercept=0), 255 - shown(tmp_path/"a"))
@@ -525,7 +785,7 @@ REFUSED = { # how it is made, what must be said, and whether its header tells
     "other rows": (lambda: dicom(Rows=33), "damaged", False),
     "one row": (lambda: dicom(DEEP[:1]), "64 x 1 pixels", True),
     "gigapixels": (lambda: dicom(Rows=65535, Columns=65535), "65535 x 65535 pixels", True),
-    "no interpretation": (without("PhotometricInterpretation"), "damaged", False),
+    "no interpretation": (without("PhotometricInterpretation"), "without PhotometricInterpretation", True),
     "32 bits": (wide, "32 bits a pixel", False),
     "unknown window": (lambda: dicom(WindowCenter=9, WindowWidth=9, VOILUTFunction="ROUND"), "ROUND", False),
     "video": (lambda: compressed(MPEG2MPML, bytes(100)), "compressed as MPEG2 Main Profile / Main Level", True),
@@ -544,6 +804,72 @@ def test_dicom_that_is_refused(tmp_path, kind):
     assert said in problem(tmp_path/"a.dcm").what
     if in_header: assert said in problem(tmp_path/"a.dcm", read_size).what
     else: read_size(tmp_path/"a.dcm")
+
+
+NEEDED = ["SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "PixelRepresentation"]
+
+
+def says_what_is_missing(path, *names):
+    for look in (open_image, read_size):
+        found = problem(path, look)
+        assert found.what == f"DICOM without {', '.join(names)}" and "Export the file again" in found.mend
+
+
+@pytest.mark.parametrize("value", ["absent", None])
+@pytest.mark.parametrize("name", NEEDED)
+def test_missing_element_is_named(tmp_path, name, value):
+    file = dicom()
+    if value == "absent": delattr(file, name)
+    else: setattr(file, name, value)
+    says_what_is_missing(write(tmp_path/"a", file), name)
+
+
+def test_all_missing_elements_are_named_at_once(tmp_path):
+    says_what_is_missing(write(tmp_path/"a", without(*NEEDED)()), *NEEDED)
+
+
+def test_missing_element_of_colour_is_named(tmp_path):
+    file = dicom(COLOUR, "RGB")
+    del file.PlanarConfiguration
+    says_what_is_missing(write(tmp_path/"a", file), "PlanarConfiguration")
+    names = [f"{colour}PaletteColorLookupTableDescriptor" for colour in ("Red", "Green", "Blue")]
+    says_what_is_missing(write(tmp_path/"b", dicom(RAMP, "PALETTE COLOR")), *names)
+
+
+@pytest.mark.parametrize("name", ["Rows", "BitsStored", "PixelRepresentation"])
+def test_element_of_two_values_is_named(tmp_path, name):
+    path = write(tmp_path/"a", **{name: [1, 1]})
+    assert problem(path).what == f"DICOM with too many or too few values of {name}"
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(photometric="RGB"), "RGB with SamplesPerPixel 1"),
+    (dict(photometric="GREY"), "GREY with SamplesPerPixel 1"),
+    (dict(pixels=np.stack([RAMP]*3, -1)), "MONOCHROME2 with SamplesPerPixel 3"),
+])
+def test_interpretation_that_does_not_fit_is_refused(tmp_path, fields, words):
+    assert words in problem(write(tmp_path/"a", **fields)).what
+
+
+@pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
+@pytest.mark.parametrize("name", ["LUTDescriptor", "LUTData"])
+@pytest.mark.parametrize("value", ["absent", None])
+def test_missing_element_of_a_table_is_named(tmp_path, sequence, name, value):
+    item = table(np.arange(4096), 0, 12)[0]
+    if value == "absent": delattr(item, name)
+    else: setattr(item, name, value)
+    assert f"look-up table has no whole {name}" in problem(write(tmp_path/"a", **{sequence: [item]})).what
+
+
+@pytest.mark.parametrize("name", ["WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept"])
+@pytest.mark.parametrize("text", ["abc", "1,5", "inf", "nan", "-"])
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
+def test_element_that_is_no_number_is_named(tmp_path, name, text):
+    numbers = dict(WindowCenter="1000", WindowWidth="900", RescaleSlope="1", RescaleIntercept="0")
+    path = write(tmp_path/"a", **{**numbers, name: "77.777777"})
+    path.write_bytes(path.read_bytes().replace(b"77.777777 ", text.encode().ljust(10)))
+    found = problem(path)
+    assert found.what == f"DICOM whose {name} is '{text}', which is no number" and "pydicom" in found.mend
 
 
 @pytest.mark.parametrize("syntax, name", [(JPEGLosslessSV1, "JPEG Lossless"), (JPEGLSLossless, "JPEG-LS Lossless"), (JPEGExtended12Bit, "JPEG Extended")])
