@@ -362,12 +362,10 @@ def _walk(
         what = f"cannot be entered ({e.strerror})"
         problems.append(Problem("", str(e.filename), what, "Check that it may be read."))
 
-    def is_known(place, name):
-        return not name.startswith(".") and (_is_text(name) or is_image_file(place/name))
-
     listed = {}
     for place, names in folder_files(folder, denied):
-        known = [n for n in names if is_known(place, n)]
+        shown = [n for n in names if not n.startswith(".")]
+        known = [n for n in shown if _is_text(n) or is_image_file(place/n)]
         counts["other files (left out)"] += len(names) - len(known)
         part = place.relative_to(folder).as_posix()
         if known:
@@ -444,7 +442,7 @@ def _paired_study(
 # %% ../nbs/00bd_captions.ipynb #00bd-066c
 def read_listed(
     annotation: str | Path,           # `{"train": [...], "val": [...], "test": [...]}`, or less
-    images: str | Path | None = None, # the folder that paths count from; None: `images/`, or the file's
+    images: str | Path | None = None, # that paths count from; None: `images/`, or the file's folder
 ) -> RawData:
     "Read a file of studies in Chen et al.'s form; raises `DataError` where it cannot be read."
     path = Path(annotation)
@@ -461,7 +459,7 @@ def read_listed(
 # %% ../nbs/00bd_captions.ipynb #00bd-067
 def read_folder(
     folder: str | Path, # of images and texts; or of an `annotation.json` and its images
-    seed: int = 0,      # of the split that is drawn where no sub-folders are named train, val and test
+    seed: int = 0,      # of the split that is drawn where no sub-folder is named after one
 ) -> RawData:
     "Read images that lie beside their texts; raises `DataError` where there are none."
     folder = Path(folder)

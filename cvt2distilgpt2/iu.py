@@ -389,6 +389,7 @@ def _find_kaggle_images(folder: Path, problems: list[Problem]) -> Path | None:
     problems.append(Problem("", str(folder), "no images/images_normalized/*.dcm.png", mend))
     return None
 
+# %% ../nbs/00bc_iu.ipynb #00bc-052b
 def _find_images(folder: Path, problems: list[Problem]) -> Path | None:
     "Find Open-i's images in `folder`, unpacked if need be; None if there are none."
     if (folder/KAGGLE_REPORTS).is_file():
@@ -434,10 +435,12 @@ def _read_chen(path: Path, folder: Path | None, problems: list[Problem], counts:
         return _with_images(studies, own, problems), own
     counts.update(compare(studies, reports, select(reports, counts)))
     if own.is_dir(): return _with_images(studies, own, problems), own
-    return _named_images(map_chen(studies, reports, str(path), problems, counts, views), folder, problems)
+    mapped = map_chen(studies, reports, str(path), problems, counts, views)
+    return _named_images(mapped, folder, problems)
 
+# %% ../nbs/00bc_iu.ipynb #00bc-053a
 def read_iu(
-    folder: str | Path | None = None, # with Open-i's two archives, what they unpack to, or Kaggle's copy; None: reports only, from `torchxrayvision`
+    folder: str | Path | None = None, # Open-i's or Kaggle's; None: `torchxrayvision`'s reports
     chen: str | Path | None = None,   # Chen et al.'s `annotation.json`: exactly its studies and split; their `images/` beside it are used
     seed: int = 0,                    # of our own split
 ) -> RawData:                         # without a folder, its images are named but not there

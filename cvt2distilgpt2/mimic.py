@@ -157,7 +157,7 @@ def _has_patients(folder: Path) -> bool:
 ABOVE = 3 # levels: physionet.org/files/mimic-cxr-jpg/2.1.0
 
 def _roots(top: Path) -> list[Path]:
-    "List the folders nearest to `top` that hold files/p10; of these, the ones with a table of splits."
+    "List the folders nearest to `top` that hold files/p10, those with a table of splits alone."
     for depth in range(ABOVE + 1):
         places = sorted(p.parent for p in top.glob("*/"*depth + "files") if _has_patients(p))
         if places:
@@ -167,7 +167,7 @@ def _roots(top: Path) -> list[Path]:
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-043a
 def find_root(
-    root: str | Path, # the folder of MIMIC-CXR-JPG, its `files`, or a folder up to three levels above
+    root: str | Path, # MIMIC-CXR-JPG, its `files`, or a folder up to three levels above
 ) -> Path:            # the folder that holds `files`
     "Find MIMIC-CXR-JPG; raises `DataError` if it is not there, or there twice."
     root = Path(os.path.abspath(root))
@@ -275,7 +275,7 @@ def _read_rows(
     return table, spoilt, path
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-063
-SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm") # in any letters; the first counts where there are several
+SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm") # small or capital; the first of several counts
 IMAGE = rf"(?i).+({'|'.join(map(re.escape, SUFFIXES))})"
 THREADS = 16             # that wait for the disk
 

@@ -33,13 +33,14 @@ from tqdm import tqdm
 # %% ../nbs/00c_prepare.ipynb #00c-003
 from . import phantom
 from .cache import ImageCache, build_cache, verify_cache
-from .captions import (drawn_split, folder_files, read_captions, read_folder, read_listed,
-                                     read_table)
+from .captions import (drawn_split, folder_files, read_captions, read_folder,
+                                     read_listed, read_table)
 from .images import open_visible, read_size
 from .iu import KAGGLE_IMAGES, KAGGLE_REPORTS, download_openi, read_iu
 from .mimic import ABOVE, read_mimic
-from .tasks import (SPLITS, DataError, Problem, RawData, Study, Task, across_studies, by_split, get_task, load_json,
-                                  open_task, project_root, read_annotation, write_annotation)
+from .tasks import (SPLITS, DataError, Problem, RawData, Study, Task, across_studies,
+                                  by_split, get_task, load_json, open_task, project_root,
+                                  read_annotation, write_annotation)
 
 # %% ../nbs/00c_prepare.ipynb #00c-008
 def write_problems(
@@ -62,7 +63,7 @@ def settle(
     on_problem: str,         # "stop" or "skip"
     path: Path,              # of the table of problems
 ) -> dict[str, list[Study]]: # the studies without a problem, by split
-    "List the problems in a file; raise `DataError` for them (\"stop\") or leave out the studies (\"skip\"), but not all."
+    "List problems in a file, and stop (`DataError`) or leave out the studies, but not all of them."
     if problems:
         write_problems(problems, path)
     else:
@@ -223,10 +224,11 @@ def prepare(
 # %% ../nbs/00c_prepare.ipynb #00c-039
 ONE_FORM = "the one form"
 LAYOUTS = { # what it reads; by which files a folder is known; which options have a meaning
-    ONE_FORM: ("studies as Chen et al. list them, their images in images/, beside or in `originals`",
+    ONE_FORM: ("studies as Chen et al. list them, images in images/, beside or in `originals`",
                ("annotation.json",), ("originals",)),
     "MIMIC-CXR": ("MIMIC-CXR-JPG, as PhysioNet gives it",
-                  ("*-split.csv*", "p1[0-9]", *("*/"*n + "files/p1[0-9]" for n in range(ABOVE + 1))),
+                  ("*-split.csv*", "p1[0-9]",
+                   *("*/"*k + "files/p1[0-9]" for k in range(ABOVE + 1))),
                   ("reports", "chen", "examples")),
     "IU X-Ray": ("IU X-Ray, as Open-i gives it or as Kaggle has it",
                  ("NLMCXR_*", "ecgen-radiology", KAGGLE_REPORTS), ("chen",)),
@@ -237,11 +239,17 @@ LAYOUTS = { # what it reads; by which files a folder is known; which options hav
 }
 OWN_LAYOUT = {"mimic_cxr": "MIMIC-CXR", "iu_x_ray": "IU X-Ray"} # of tasks that have a name
 
+# %% ../nbs/00c_prepare.ipynb #00c-039e
 def _readable(task: str | None) -> dict: # a part of `LAYOUTS`
     "Return the layouts that a task may be read from: all, or its own and the one form."
     if task not in OWN_LAYOUT:
         return LAYOUTS
     return {name: LAYOUTS[name] for name in (ONE_FORM, OWN_LAYOUT[task])}
+
+def _known_layouts(layouts: dict) -> str:
+    "Say in a line each what can be read, and by which files it is known."
+    lines = [f"  {what}, known by {' or '.join(files)}" for what, files, _ in layouts.values()]
+    return "\n".join(lines)
 
 # %% ../nbs/00c_prepare.ipynb #00c-039a
 def _file_layout(source: Path) -> str | None:
@@ -270,7 +278,7 @@ def _layout(
     source: Path,
     task: str | None = None,     # its name
 ) -> tuple[str, list[Path]]:
-    "Tell which of `LAYOUTS` `source` is in, by which files; raises `FileNotFoundError` or `ValueError`."
+    "Tell which layout `source` is in, by which files; raises `FileNotFoundError` or `ValueError`."
     if not source.exists():
         raise FileNotFoundError(f"source {source} does not exist")
     if (source/"prepared.json").exists():
@@ -285,11 +293,10 @@ def _layout(
             files = [f for p in patterns for f in _files_like(source, p)]
             if files:
                 return layout, sorted(files)
-    known = "\n".join(f"  {what}, known by {' or '.join(patterns)}"
-                      for what, patterns, _ in readable.values())
+    known = _known_layouts(readable)
     if task in OWN_LAYOUT:
-        raise ValueError(f"{source} is nothing that the task {task} is read from. That is:\n{known}\n"
-                         "For other data give the task a name of your own, such as --task ./mine")
+        raise ValueError(f"{source} is nothing that the task {task} is read from. That is:\n"
+                         f"{known}\nName a task of other data otherwise, such as --task ./mine")
     raise FileNotFoundError(f"{source} is nothing that can be read here. Known are:\n{known}")
 
 # %% ../nbs/00c_prepare.ipynb #00c-039d
@@ -305,9 +312,12 @@ def _draw_splits(
 # %% ../nbs/00c_prepare.ipynb #00c-040
 def _only(tables: list[Path]) -> Path:
     "Return the one table; raises `ValueError` if there are several."
-    if len(tables) > 1: raise ValueError(f"there are {len(tables)} tables: name the one that is meant, such as {tables[0]}")
+    if len(tables) > 1:
+        raise ValueError(f"there are {len(tables)} tables: name the one that is meant, "
+                         f"such as {tables[0]}")
     return tables[0]
 
+# %% ../nbs/00c_prepare.ipynb #00c-040b
 def _read_layout(
     layout: str,       # of `LAYOUTS`
     source: Path,
@@ -332,14 +342,14 @@ def _read_layout(
 # %% ../nbs/00c_prepare.ipynb #00c-040a
 def read_source(
     source: Path,                   # a folder or a file in one of `LAYOUTS`
-    originals: Path | None = None,  # the folder that image paths count from, where it is not the source's own
-    reports: Path | None = None,    # MIMIC-CXR's: `mimic-cxr-reports.zip` or its unpacked folder, where they are not beside the images
-    chen: Path | None = None,       # Chen et al.'s `annotation.json`: take exactly its studies and its split
+    originals: Path | None = None,  # the folder that image paths count from; None: the source's own
+    reports: Path | None = None,    # MIMIC-CXR's: the zip or its folder; None: beside the images
+    chen: Path | None = None,       # Chen et al.'s `annotation.json`: exactly its studies and split
     examples: str = "image",        # of MIMIC-CXR: "image" (as published) or "study", with all its views
     split: str = "given",           # "given" by the source, or "drawn"
-    task: str | None = None,        # the task's name: `mimic_cxr` and `iu_x_ray` have their own layouts
+    task: str | None = None,        # its name: `mimic_cxr` and `iu_x_ray` have layouts of their own
 ) -> RawData:
-    "Read `source` by its layout; raises `FileNotFoundError` or `ValueError` for what has no meaning, and what the reader raises."
+    "Read `source` by its layout; raises `FileNotFoundError`, `ValueError`, and as the reader does."
     if split not in ("given", "drawn"):
         raise ValueError(f"split must be given or drawn, not {split!r}")
     layout, files = _layout(source, task)
@@ -439,8 +449,8 @@ def task_arguments(
     return task, others
 
 # %% ../nbs/00c_prepare.ipynb #00c-066
-SOURCE = ("source", "originals", "reports", "chen", "examples", "split") # as `read_source` takes them
-STORE = ("store", "processes")                                           # as `build` takes them
+SOURCE = ("source", "originals", "reports", "chen", "examples", "split") # of `read_source`
+STORE = ("store", "processes")                                           # of `build`
 
 def _whole_number(name: str, words: str) -> int:
     "Read a number of one or more; raises `ValueError`."
@@ -456,8 +466,8 @@ def _build_from(task: Task, source: dict, store: dict) -> dict[str, list[Study]]
     print(f"{source['source']}: " + ", ".join(f"{n:,} {words}" for words, n in raw.counts.items()))
     if store["processes"]: store["processes"] = _whole_number("processes", store["processes"])
     kept = build(raw, task, **{n: v for n, v in store.items() if v})
-    print(f"images: short side {task.resize} pixels. A run with a smaller resize shrinks them again; "
-          "for exactly the originals' pixels, prepare with that --resize")
+    print(f"images: short side {task.resize} pixels. A run with a smaller resize shrinks them "
+          "again; for exactly the originals' pixels, prepare with that --resize")
     empty = [s for s, studies in kept.items() if not studies]
     if empty and source["split"] != "drawn":
         print(f"there are no studies for {' and '.join(empty)}. To draw train, val and test of all "

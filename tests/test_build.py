@@ -464,6 +464,17 @@ def test_a_missing_split_is_told_with_the_option_that_draws_one(tmp_path, capsys
     assert "no studies for test" in (said := capsys.readouterr().out) and "--split drawn" in said
 
 
+def test_training_and_testing_name_the_option_too(tmp_path):
+    from cvt2distilgpt2.results import task_protocol
+    from cvt2distilgpt2.train import training_studies
+    without_test(tmp_path/"raw")
+    kept = build(read_source(tmp_path/"raw"), task := new_task(tmp_path/"made"))
+    with pytest.raises(ValueError, match="no test studies.*--split drawn"): task_protocol(task, kept)
+    listed = json.loads(task.annotation_path.read_text())
+    task.annotation_path.write_text(json.dumps({**listed, "val": []}))
+    with pytest.raises(ValueError, match="no studies for val.*--split drawn"): training_studies(task)
+
+
 def test_a_drawn_split_has_all_three(tmp_path, capsys):
     without_test(tmp_path/"raw")
     main(main_words(tmp_path, "--split", "drawn"))
