@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'SPELLINGS', 'VIEW', 'BODY', 'BODY_ONLY', 'LOOK_BACK', 'UP_TO_LAST', 'KNOWN', 'KNOWN_LAST', 'CANDIDATE',
-           'REPORTS', 'COLUMNS', 'FORMS', 'SPLIT_NAMES', 'IMAGE', 'THREADS', 'MAX_REPORT', 'KEPT', 'VIEW_ORDER',
-           'section_of', 'find_headings', 'read_sections', 'find_root', 'find_reports', 'list_images', 'open_reports',
-           'read_findings', 'read_mimic']
+           'ABOVE', 'REPORTS', 'COLUMNS', 'FORMS', 'SPLIT_NAMES', 'SUFFIXES', 'IMAGE', 'THREADS', 'MAX_REPORT', 'KEPT',
+           'VIEW_ORDER', 'section_of', 'find_headings', 'read_sections', 'find_root', 'find_reports', 'list_images',
+           'open_reports', 'read_findings', 'read_mimic']
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-002
 import os
@@ -154,17 +154,37 @@ def _has_patients(folder: Path) -> bool:
     "Tell whether a folder holds p10, p11, ..."
     return any(folder.glob("p[0-9][0-9]"))
 
+ABOVE = 3 # levels: physionet.org/files/mimic-cxr-jpg/2.1.0
+
+def _roots(top: Path) -> list[Path]:
+    "List the folders nearest to `top` that hold files/p10, those with a table of splits alone."
+    for depth in range(ABOVE + 1):
+        places = sorted(p.parent for p in top.glob("*/"*depth + "files") if _has_patients(p))
+        if places:
+            with_table = [p for p in places if any(p.glob("*-split.csv*"))]
+            return with_table or places
+    return []
+
+# %% ../nbs/00bb_mimic.ipynb #00bb-043a
 def find_root(
-    root: str | Path, # the folder of MIMIC-CXR-JPG, its `files`, or the folder above it
+    root: str | Path, # MIMIC-CXR-JPG, its `files`, or a folder up to three levels above
 ) -> Path:            # the folder that holds `files`
     "Find MIMIC-CXR-JPG; raises `DataError` if it is not there, or there twice."
     root = Path(os.path.abspath(root))
-    if not root.is_dir(): raise _sorry(root, "is not a folder", "Name the folder of MIMIC-CXR-JPG, the one that holds files/p10.")
-    near = [root.parent] if root.name == "files" else [root, *sorted(p for p in root.iterdir() if p.is_dir())]
-    found = [p for p in near if _has_patients(p/"files")]
-    if found and found[0] == root or len(found) == 1: return found[0]
-    if found: raise _sorry(root, f"holds MIMIC-CXR-JPG more than once: {', '.join(p.name for p in found)}", "Name the one that is meant.")
-    raise _sorry(root, "no files/p10, files/p11, ... in it or in a folder of it", "Name the folder of MIMIC-CXR-JPG, the one that holds files/p10.")
+    mend = "Name the folder of MIMIC-CXR-JPG, the one that holds files/p10."
+    if not root.is_dir():
+        raise _sorry(root, "is not a folder", mend)
+    if root.name == "files" and _has_patients(root):
+        return root.parent
+    roots = _roots(root)
+    if not roots:
+        what = f"no files/p10, files/p11, ... in it or in folders up to {ABOVE} levels below"
+        raise _sorry(root, what, mend)
+    if len(roots) > 1:
+        names = ", ".join(str(p.relative_to(root)) for p in roots)
+        what = f"holds MIMIC-CXR-JPG more than once: {names}"
+        raise _sorry(root, what, "Name the one that is meant.")
+    return roots[0]
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-046
 REPORTS = "mimic-cxr-reports"
@@ -255,7 +275,8 @@ def _read_rows(
     return table, spoilt, path
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-063
-IMAGE = r".+\.(jpg|dcm)" # of MIMIC-CXR-JPG and MIMIC-CXR
+SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm") # small or capital; the first of several counts
+IMAGE = rf"(?i).+({'|'.join(map(re.escape, SUFFIXES))})"
 THREADS = 16             # that wait for the disk
 
 def _names(folder: Path, form: str, problems: list[Problem]) -> list[str]:
@@ -272,18 +293,26 @@ def _patient_images(patient: str, files: Path, problems: list[Problem]) -> list[
     return [f"{patient}/{s}/{name}" for s in studies for name in _names(files/patient/s, IMAGE, problems)]
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-064
+def _rank(suffix: str) -> int:
+    "Return how early a suffix comes in `SUFFIXES`."
+    return SUFFIXES.index(suffix.lower())
+
 def list_images(
     files: Path,             # that holds p10, p11, ...
     problems: list[Problem], # to which folders that cannot be listed are added
-) -> dict[str, str]:         # "p10/p10000032/s50414267/<dicom_id>" -> ".jpg", or ".dcm" where there is no .jpg
+) -> dict[str, str]:         # "p10/p10000032/s50414267/<dicom_id>" -> its suffix, such as ".jpg"
     "List all images under `files`."
-    patients = [f"{group}/{p}" for group in _names(files, r"p\d\d", problems) for p in _names(files/group, r"p\d{8}", problems)]
-    found = {}
+    groups = _names(files, r"p\d\d", problems)
+    patients = [f"{g}/{p}" for g in groups for p in _names(files/g, r"p\d{8}", problems)]
+    suffixes = {}
     with ThreadPool(THREADS) as pool:
-        listed = pool.imap(partial(_patient_images, files=files, problems=problems), patients, chunksize=16)
+        list_patient = partial(_patient_images, files=files, problems=problems)
+        listed = pool.imap(list_patient, patients, chunksize=16)
         for paths in tqdm(listed, "listing images", len(patients), unit=" patients", leave=False):
-            found.update(map(os.path.splitext, paths)) # sorted: a .jpg comes after a .dcm, and stays
-    return found
+            for stem, suffix in map(os.path.splitext, paths):
+                if stem not in suffixes or _rank(suffix) < _rank(suffixes[stem]):
+                    suffixes[stem] = suffix
+    return suffixes
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-069
 MAX_REPORT = 1_000_000 # bytes; the longest report has some thousand
@@ -438,7 +467,7 @@ def _read_chen(root: Path, reports: str | Path | None, chen: str | Path, images:
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-087
 def read_mimic(
-    root: str | Path,                  # the folder of MIMIC-CXR-JPG 2.0.0 or 2.1.0, its `files`, or the folder above
+    root: str | Path,                  # MIMIC-CXR-JPG 2.0.0 or 2.1.0, as `find_root` takes it
     reports: str | Path | None = None, # `mimic-cxr-reports.zip` or the unpacked folder; None: look for it in and beside `root`
     examples: str = "image",           # what an example is: an "image", as published, or a "study" with all its views
     chen: str | Path | None = None,    # Chen et al.'s `annotation.json`, for exactly its examples

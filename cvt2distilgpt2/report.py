@@ -29,7 +29,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .captions import COLUMNS, DELIMITERS, IMAGES
+from .captions import COLUMNS, DELIMITERS, folder_files, is_image_file
 from .data import ImageFolder, collate, same_channels
 from .decoder import decode_reports
 from .images import open_image
@@ -56,13 +56,23 @@ def _name(path: str | Path) -> str:
 def images_in_folder(
     folder: Path,
     studies: bool = False, # is a (sub-)folder one study, not each image?
-) -> tuple[list[Images], Counter]: # by path; files that are no images, by suffix
+) -> tuple[list[Images], Counter]: # by path; what is left out: files by suffix, folders
     "List the images below a folder; hidden files and folders do not count."
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    pictures = [p for p in files if p.suffix.lower() in IMAGES]
-    others = Counter(p.suffix.lower() or "no suffix" for p in files if p.suffix.lower() not in IMAGES)
+    others = Counter()
+    pictures = []
+
+    def denied(error):
+        others["folder that cannot be entered"] += 1
+
+    for place, names in folder_files(folder, denied):
+        for path in (place/n for n in names if not n.startswith(".")):
+            if is_image_file(path):
+                pictures.append(path)
+            else:
+                others[path.suffix.lower() or "no suffix"] += 1
     groups = defaultdict(list)
-    for p in pictures: groups[p.parent if studies else p].append(str(p))
+    for p in sorted(pictures):
+        groups[p.parent if studies else p].append(str(p))
     return [Images(_name(p), tuple(views)) for p, views in groups.items()], others
 
 # %% ../nbs/05_report.ipynb #05-026

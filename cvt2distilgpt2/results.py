@@ -133,7 +133,9 @@ def task_protocol(
     studies: dict[str, list[Study]],
 ) -> Protocol:
     "Make the protocol of a task's profile; raises `ValueError` where there is nothing to test, or nothing to make labels of."
-    if not studies["test"]: raise ValueError(f"task {task.name!r} has no test studies: {task.annotation_path} must list some under \"test\"")
+    if not studies["test"]:
+        raise ValueError(f"task {task.name!r} has no test studies: {task.annotation_path} must list "
+                         'some under "test". To draw some, prepare it from its source with --split drawn')
     if task.profile != "raw" and not studies["train"]:
         raise ValueError(f"profile {task.profile!r} makes its vocabulary of the training reports, and {task.annotation_path} has none; use profile raw")
     return make_protocol(task.profile, task.style, texts_of(studies["train"]))

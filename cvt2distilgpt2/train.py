@@ -410,7 +410,9 @@ def training_studies(
     studies = prepare(task)
     del studies["test"]
     empty = [split for split, s in studies.items() if not s]
-    if empty: raise ValueError(f"task {task.name!r} has no studies for {' and '.join(empty)}: {task.annotation_path} must list some")
+    if empty:
+        raise ValueError(f"task {task.name!r} has no studies for {' and '.join(empty)}: {task.annotation_path} "
+                         "must list some. To draw some, prepare it from its source with --split drawn")
     if task.warm_start and not has_drawn_findings(studies["train"]):
         raise ValueError(f"warm_start needs studies with drawn findings, and task {task.name!r} has none; set warm_start to 0")
     return studies

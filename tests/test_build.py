@@ -22,7 +22,7 @@ from cvt2distilgpt2.images import open_image
 from cvt2distilgpt2.prepare import build, main, prepare, read_source, verify
 from cvt2distilgpt2.tasks import DataError, get_task, read_annotation
 from torchvision.transforms import v2
-from trees import make_iu, make_mimic_jpg, make_openi
+from trees import make_iu, make_kaggle, make_mimic_jpg, make_openi
 
 SIDE = 48 # of what is prepared here
 
@@ -254,13 +254,20 @@ def test_another_size_is_told(tmp_path):
     task = new_task(tmp_path/"made")
     build(read_source(table(tmp_path/"raw", 4)), task)
     with pytest.raises(ValueError, match="prepare it again with --resize 64"): prepare(replace(task, resize=64))
-    with pytest.warns(UserWarning, match="resized twice"): prepare(replace(task, resize=40))
+
+
+def test_a_smaller_size_is_told_of_once_as_it_is_prepared(tmp_path, capsys, recwarn):
+    task = new_task(tmp_path/"made")
+    main(["--task", f"{tmp_path}/made/", "--source", str(table(tmp_path/"raw", 4)), "--resize", str(SIDE), "--image_size", str(SIDE - 8)])
+    assert f"short side {SIDE} pixels" in capsys.readouterr().out
+    prepare(replace(task, resize=40))
+    assert not recwarn.list and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, said", [
     (["--source", "nowhere"], "does not exist"), (["--task", "demo", "--source", "{raw}"], "the demo is drawn"), (["--source", "{raw}/0.png"], "nothing that can be read here"),
     (["--source", "{raw}", "--store", "best"], "store"), (["--source", "{raw}", "--processes", "two"], "processes"), (["--source", "{empty}"], "nothing that can be read here"),
-    (["--source", "{raw}", "--examples", "pair"], "examples"), (["--verify"], "annotation.json")])
+    (["--source", "{raw}", "--examples", "pair"], "examples"), (["--source", "{raw}", "--split", "test"], "given or drawn"), (["--verify"], "annotation.json")])
 def test_wrong_words_get_an_answer(tmp_path, words, said):
     table(tmp_path/"raw", 4)
     (tmp_path/"empty").mkdir()
@@ -319,9 +326,17 @@ def unpacked_openi(folder):
     return folder
 
 
+def chen_by_another_name(folder):
+    "Write Chen et al.'s file under another name, its images beside."
+    made = openi_with_chen(folder)
+    return (made/"annotation.json").rename(made/"iu_annotation_v2.json")
+
+
 LAYOUTS = { # how a source is written -> its path
     "mimic": lambda f: make_mimic_jpg(f)["root"], "folder above mimic": lambda f: Path(make_mimic_jpg(f)["root"]).parent,
-    "files of mimic": lambda f: Path(make_mimic_jpg(f)["root"])/"files", "openi": make_openi, "openi unpacked": unpacked_openi,
+    "files of mimic": lambda f: Path(make_mimic_jpg(f)["root"])/"files", "folder above three folders": lambda f: make_mimic_jpg(f/"physionet.org"/"files") and f/"physionet.org",
+    "kaggle": make_kaggle, "table of kaggle": lambda f: make_kaggle(f)/"indiana_reports.csv", "chen by another name": chen_by_another_name,
+    "openi": make_openi, "openi unpacked": unpacked_openi,
     "chen": openi_with_chen, "table": lambda f: table(f, 8), "folder of a table": lambda f: table(f, 8).parent, "coco": coco,
 }
 
@@ -338,3 +353,139 @@ def test_every_layout_becomes_a_task(tmp_path, layout):
     assert len(every) >= 4 and prepare(task) == kept and verify(task)["studies"] == len(every)
     loaded = ReportDataset(kept["train"], task.image_folder, image_transform(task, train=True))
     assert loaded[0]["pixel_values"].shape[-2:] == (SIDE - 8, SIDE - 8) and loaded[0]["label"]
+
+
+# tasks that have a name
+
+def texts_with_images(folder):
+    "Write images with texts of the same name."
+    for i in range(4):
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(np.random.default_rng(i), size=(60, 60)).save(folder/f"{i}.png")
+        (folder/f"{i}.txt").write_text(f"Report {i}.")
+    return folder
+
+
+FOREIGN = { # task -> what it is not made of
+    "mimic_cxr": (texts_with_images, lambda f: table(f, 4), make_openi, make_kaggle),
+    "mimic_cxr_jpg_chen": (texts_with_images,),
+    "iu_x_ray": (texts_with_images, lambda f: table(f, 4), lambda f: make_mimic_jpg(f)["root"]),
+}
+
+
+@pytest.mark.parametrize("task, make", [(task, make) for task, makes in FOREIGN.items() for make in makes])
+def test_a_task_with_a_name_is_not_made_of_something_else(tmp_path, monkeypatch, task, make):
+    monkeypatch.setenv("CVT2DISTILGPT2_HOME", str(tmp_path))
+    source = make(tmp_path/"raw")
+    with pytest.raises(SystemExit, match="nothing that the task .* is read from(.|\n)*such as --task ./mine"): main(["--task", task, "--source", str(source)])
+    assert not (tmp_path/"data").exists()
+
+
+OWN = {"mimic_cxr": (lambda f: make_mimic_jpg(f)["root"], openi_with_chen),
+       "iu_x_ray": (make_openi, make_kaggle, openi_with_chen, chen_by_another_name)}
+
+
+@pytest.mark.parametrize("task, make", [(task, make) for task, makes in OWN.items() for make in makes])
+def test_a_task_with_a_name_is_made_of_its_own_form_or_chens(tmp_path, task, make):
+    assert read_source(Path(make(tmp_path/"raw")), task=task).studies
+
+
+def test_texts_behind_a_link_are_a_layout(tmp_path):
+    texts_with_images(tmp_path/"disk")
+    (tmp_path/"raw").mkdir()
+    (tmp_path/"raw"/"train").symlink_to(tmp_path/"disk")
+    assert len(read_source(tmp_path/"raw").studies) == 4
+
+
+def test_listed_studies_with_images_elsewhere(tmp_path):
+    made = openi_with_chen(tmp_path/"raw")
+    (made/"images").rename(tmp_path/"originals")
+    raw = read_source(made/"annotation.json", originals=tmp_path/"originals")
+    assert len(raw.studies) == 14 and not raw.problems
+
+
+def test_an_export_of_an_archive_becomes_a_task(tmp_path):
+    "DICOM files without a suffix, a DICOMDIR beside, a report a folder."
+    for i in range(3):
+        place = tmp_path/"raw"/f"PAT{i}"
+        place.mkdir(parents=True)
+        dicom(place/"IM000001", picture(np.random.default_rng(i), size=(60, 60)))
+        (place/"report.txt").write_text(f"Report {i}.")
+    (tmp_path/"raw"/"DICOMDIR").write_bytes(bytes(128) + b"DICM" + bytes(40))
+    task = new_task(tmp_path/"made")
+    kept = build(read_source(tmp_path/"raw"), task)
+    assert sorted(s.image_path for v in kept.values() for s in v) == [(f"PAT{i}/IM000001",) for i in range(3)]
+    assert verify(task)["images"] == 3
+
+
+# splits, and what is left
+
+def test_skipping_everything_is_an_error(tmp_path):
+    source = table(tmp_path/"raw", 4)
+    for path in source.parent.glob("*.png"): path.write_bytes(b"")
+    task = new_task(tmp_path/"made", on_problem="skip")
+    with pytest.raises(DataError, match="no study is left(.|\n)*empty file(.|\n)*problems.csv"): build(read_source(source), task)
+    assert not task.annotation_path.exists()
+
+
+def test_a_source_without_a_study_is_an_error(tmp_path):
+    "Even where nothing is wrong with it: these reports have no findings."
+    made = make_kaggle(tmp_path/"raw")
+    reports = pd.read_csv(made/"indiana_reports.csv")
+    reports.assign(findings="").to_csv(made/"indiana_reports.csv", index=False)
+    with pytest.raises(DataError, match="no study is left"): build(read_source(made), new_task(tmp_path/"made"))
+
+
+def test_a_task_as_it_stands_that_is_skipped_whole_is_an_error(tmp_path):
+    made = openi_with_chen(tmp_path)
+    shutil.rmtree(made/"images")
+    (made/"images").mkdir()
+    with pytest.raises(DataError, match="no study is left"): prepare(new_task(made, on_problem="skip"))
+
+
+def without_test(folder):
+    "Write captions as COCO gives them to the public, without a test split."
+    for number, split in enumerate(("train2017", "val2017")):
+        made = table(folder/split, 40, seed=number)
+        made.unlink()
+        images = [dict(id=1000*number + i, file_name=f"{i}.png") for i in range(40)]
+        captions = [dict(id=i["id"], image_id=i["id"], caption="A picture.") for i in images]
+        (folder/f"captions_{split}.json").write_text(json.dumps(dict(images=images, annotations=captions)))
+    return folder
+
+
+def main_words(tmp_path, *more):
+    return ["--task", f"{tmp_path}/made/", "--source", str(tmp_path/"raw"), "--resize", str(SIDE), "--image_size", str(SIDE - 8), *more]
+
+
+def test_a_missing_split_is_told_with_the_option_that_draws_one(tmp_path, capsys):
+    without_test(tmp_path/"raw")
+    main(main_words(tmp_path))
+    assert "no studies for test" in (said := capsys.readouterr().out) and "--split drawn" in said
+
+
+def test_training_and_testing_name_the_option_too(tmp_path):
+    from cvt2distilgpt2.results import task_protocol
+    from cvt2distilgpt2.train import training_studies
+    without_test(tmp_path/"raw")
+    kept = build(read_source(tmp_path/"raw"), task := new_task(tmp_path/"made"))
+    with pytest.raises(ValueError, match="no test studies.*--split drawn"): task_protocol(task, kept)
+    listed = json.loads(task.annotation_path.read_text())
+    task.annotation_path.write_text(json.dumps({**listed, "val": []}))
+    with pytest.raises(ValueError, match="no studies for val.*--split drawn"): training_studies(task)
+
+
+def test_a_drawn_split_has_all_three(tmp_path, capsys):
+    without_test(tmp_path/"raw")
+    main(main_words(tmp_path, "--split", "drawn"))
+    assert "no studies for" not in capsys.readouterr().out
+    assert all(read_annotation(tmp_path/"made"/"annotation.json").values())
+    assert json.loads((tmp_path/"made"/"prepared.json").read_text())["counts"]["split by this project (80/10/10, seed 0)"] == 80
+
+
+def test_a_drawn_split_keeps_patients_together(tmp_path):
+    studies = [dict(id=f"s{i}", report="Clear.", image_path=["a.png"], patient=f"p{i//4}") for i in range(80)]
+    picture(np.random.default_rng(0)).save(tmp_path/"a.png")
+    (tmp_path/"mine.json").write_text(json.dumps({"train": studies}))
+    drawn = read_source(tmp_path/"mine.json", split="drawn").studies
+    assert len({s.split for s in drawn}) == 3 and len({(s.patient, s.split) for s in drawn}) == 20

@@ -13,7 +13,15 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 
-from cvt2distilgpt2.captions import drawn_split, read_captions, read_folder, read_table
+from cvt2distilgpt2.captions import (
+    drawn_split,
+    folder_files,
+    is_image_file,
+    read_captions,
+    read_folder,
+    read_listed,
+    read_table,
+)
 from cvt2distilgpt2.images import open_image
 from cvt2distilgpt2.tasks import SPLITS, DataError, by_split, read_annotation, write_annotation
 
@@ -211,8 +219,8 @@ FOLDERS = {
     "two texts for all images": beside(lambda f: (f/"train"/"s0"/"more.txt").write_text("x"), "listed", ["train/s0"]),
     "study outside of the splits": beside(lambda f: (image(f/"more"/"a.png"), (f/"more"/"a.txt").write_text("x")), "listed"),
     "image at the top": beside(lambda f: image(f/"a.png"), "listed"), "readme at the top": beside(lambda f: (f/"readme.txt").write_text("x"), "listed"),
-    "link to a folder": beside(lambda f: (f/"linked").symlink_to(f/"train", target_is_directory=True), "listed"),
-    "link to itself": beside(lambda f: (f/"train"/"loop").symlink_to(f, target_is_directory=True), "listed"),
+    "link to a folder": beside(lambda f: (f/"linked").symlink_to(f/"train", target_is_directory=True)),
+    "link to itself": beside(lambda f: (f/"train"/"loop").symlink_to(f, target_is_directory=True)),
     "name not UTF-8": beside(lambda f: (image(Path(os.fsdecode(bytes(f/"train") + b"/\xff.png"))), Path(os.fsdecode(bytes(f/"train") + b"/\xff.txt")).write_text("x")), "listed"),
     "other files": beside(lambda f: [(f/"train"/n).write_text("x") for n in ("Thumbs.db", ".DS_Store", ".hidden.txt", "notes.csv")]),
     "empty sub-folder": beside(lambda f: (f/"train"/"later").mkdir()), "hidden sub-folder": beside(lambda f: image(f/".cache"/"a.png")),
@@ -427,6 +435,62 @@ def test_a_readme_beside_many_images_is_no_report(place, tmp_path):
     (tmp_path/place/"readme.txt").write_text("How these were made.")
     with pytest.raises(DataError, match=r"(?s)3 problems.*without a partner") as e: read_folder(tmp_path)
     assert {Path(p.path).name for p in e.value.problems} == {"a.png", "b.png", "readme.txt"}
+
+
+# folders as archives and disks leave them
+
+def test_folders_behind_links_are_read(tmp_path):
+    image(tmp_path/"disk"/"s"/"a.png")
+    (tmp_path/"disk"/"s"/"report.txt").write_text("Clear.")
+    (tmp_path/"in").mkdir()
+    (tmp_path/"in"/"train").symlink_to(tmp_path/"disk")
+    studies = read_folder(tmp_path/"in").studies
+    assert [(s.id, s.split, s.image_path) for s in studies] == [("train/s", "train", ("train/s/a.png",))]
+
+
+def test_links_that_lead_back_end(tmp_path):
+    (tmp_path/"a"/"b").mkdir(parents=True)
+    (tmp_path/"a"/"b"/"up").symlink_to(tmp_path)
+    (tmp_path/"a"/"self").symlink_to(tmp_path/"a")
+    assert [p for p, _ in folder_files(tmp_path)] == [tmp_path, tmp_path/"a", tmp_path/"a"/"b"]
+
+
+def test_a_folder_is_met_by_its_own_name_before_its_links(tmp_path):
+    (tmp_path/"z").mkdir()
+    (tmp_path/"a").symlink_to(tmp_path/"z")
+    assert [p.name for p, _ in folder_files(tmp_path)][1:] == ["z"]
+
+
+def test_dicom_files_without_a_suffix_are_images(tmp_path):
+    names = ("IM000001", "1.2.840.113619.2.55", "old.ima", "DICOMDIR", "VERSION", "empty")
+    for name in names[:4]: (tmp_path/name).write_bytes(bytes(128) + b"DICM" + bytes(40))
+    (tmp_path/"VERSION").write_text("1.0 " * 50)
+    (tmp_path/"empty").touch()
+    assert [n for n in names if is_image_file(tmp_path/n)] == list(names[:3])
+
+
+def test_texts_beside_dicom_files_without_a_suffix(tmp_path):
+    for name in ("1.2.840.1", "1.2.840.2"):
+        (tmp_path/name).write_bytes(bytes(128) + b"DICM" + bytes(40))
+        (tmp_path/f"{name}.txt").write_text(f"Report of {name}.")
+    (tmp_path/"DICOMDIR").write_bytes(bytes(128) + b"DICM" + bytes(40))
+    raw = read_folder(tmp_path)
+    assert {s.id: s.image_path for s in raw.studies} == {"1.2.840.1": ("1.2.840.1",), "1.2.840.2": ("1.2.840.2",)}
+    assert not raw.problems and raw.counts["other files (left out)"] == 1
+
+
+# Chen et al.'s form
+
+def listed_study(id: str) -> dict:
+    return dict(id=id, report="Clear.", image_path=[f"{id}.png"])
+
+
+@pytest.mark.parametrize("folder", ["", "images", "elsewhere"])
+def test_a_listed_file_of_any_name_and_some_splits(tmp_path, folder):
+    image(tmp_path/folder/"a.png")
+    (tmp_path/"mine.json").write_text(json.dumps({"val": [listed_study("a")]}))
+    raw = read_listed(tmp_path/"mine.json", tmp_path/"elsewhere" if folder == "elsewhere" else None)
+    assert [(s.id, s.split) for s in raw.studies] == [("a", "val")] and raw.folder == tmp_path/folder and not raw.problems
 
 
 # real studies

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tarfile
@@ -23,7 +24,7 @@ from cvt2distilgpt2 import iu
 from cvt2distilgpt2.data import Labels, clean_report
 from cvt2distilgpt2.iu import REPORTS, IMAGES, deal, download_openi, read_iu
 from cvt2distilgpt2.tasks import DataError, by_split, read_annotation, write_annotation
-from trees import make_openi, openi_files, openi_xml, pack
+from trees import make_kaggle, make_openi, openi_files, openi_xml, pack
 
 
 @pytest.fixture
@@ -393,6 +394,63 @@ def test_chen_with_a_report_on_both_sides(tmp_path, no_package):
 
 def test_chen_without_anything_else(tmp_path, no_package):
     with pytest.raises(DataError, match="torchxrayvision"): read_iu(chen=chen_tree(tmp_path, images=False))
+
+
+# Kaggle's copy
+
+def edit_kaggle(folder: Path, table: str, old: str, new: str) -> Path:
+    path = folder/f"indiana_{table}.csv"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    return folder
+
+
+def test_kaggles_copy_gives_the_studies_of_open_i(tmp_path, no_package):
+    kaggle, openi = read_iu(make_kaggle(tmp_path/"kaggle")), read_iu(make_openi(tmp_path/"openi"))
+    assert not kaggle.problems and kaggle.counts == openi.counts and len(kaggle.studies) == 7
+    told = lambda raw: [(s.id, s.report, s.split, s.patient, len(s.image_path)) for s in raw.studies]
+    assert told(kaggle) == told(openi) and all((kaggle.folder/p).is_file() for s in kaggle.studies for p in s.image_path)
+
+
+def test_kaggles_frontal_view_comes_first(tmp_path, no_package):
+    studies = {s.id: s for s in read_iu(make_kaggle(tmp_path)).studies}
+    assert studies["CXR1"].image_path == ("1_IM-0001-1001.dcm.png", "1_IM-0001-2001.dcm.png")
+    assert studies["CXR1"].views == ("frontal", "lateral") and studies["CXR6"].views == ("frontal", "lateral", "frontal")
+
+
+def test_kaggles_other_sections_are_kept(tmp_path, no_package):
+    extra = read_iu(make_kaggle(tmp_path)).studies[0].extra
+    assert extra == dict(indication="XXXX-year-old, cough.", comparison="None.", impression="No acute disease.",
+                         mesh=["Cardiomegaly/mild", "Spine/degenerative"])
+
+
+@pytest.mark.parametrize("table, old, new, said", [
+    ("reports", "\n2,", "\ntwo,", "uid 'two' is no number"), ("reports", "\n2,", "\n1,", "CXR1 is in several reports"),
+    ("projections", "2_IM-0002-1001.dcm.png", "../2.png", "cannot be an image's name"),
+    ("projections", "2_IM-0002-1001", "1_IM-0001-1001", "1_IM-0001-1001.dcm is in several reports"),
+    ("projections", "2_IM-0002-1001", "gone", "missing image")])
+def test_kaggles_broken_rows_are_listed_and_the_rest_is_read(tmp_path, no_package, table, old, new, said):
+    raw = read_iu(edit_kaggle(make_kaggle(tmp_path), table, old, new))
+    assert any(said in p.what for p in raw.problems)
+    assert {"CXR3", "CXR7", "CXR9"} <= {s.id for s in raw.studies} and "CXR2" not in {s.id for s in raw.studies}
+
+
+@pytest.mark.parametrize("table, old, new, said", [("reports", "findings", "text", "has no column findings"), ("projections", "projection", "view", "has no column projection")])
+def test_kaggles_missing_column_is_named(tmp_path, no_package, table, old, new, said):
+    with pytest.raises(DataError, match=said): read_iu(edit_kaggle(make_kaggle(tmp_path), table, old, new))
+
+
+def test_kaggles_tables_without_images_say_where_they_are_looked_for(tmp_path, no_package):
+    shutil.rmtree(make_kaggle(tmp_path)/"images")
+    raw = read_iu(tmp_path)
+    assert not raw.studies and "no images/images_normalized" in raw.problems[0].what
+
+
+def test_chen_with_kaggles_images(tmp_path, no_package):
+    path = chen_tree(tmp_path, ids=("CXR1_IM-0001", "CXR2_IM-0002"), images=False)
+    raw = read_iu(make_kaggle(tmp_path/"kaggle"), chen=path)
+    assert [(s.id, s.split, s.image_path[0]) for s in raw.studies] == [("CXR1_IM-0001", "train", "1_IM-0001-1001.dcm.png"), ("CXR2_IM-0002", "val", "2_IM-0002-1001.dcm.png")]
 
 
 # downloads

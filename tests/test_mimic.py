@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from trees import MIMIC_REPORTS, _picture, make_mimic_jpg, mimic_folder, write_mimic_tables
 
-from cvt2distilgpt2.mimic import SECTIONS, SPELLINGS, find_headings, read_mimic, read_sections
+from cvt2distilgpt2.mimic import SECTIONS, SPELLINGS, find_headings, find_root, read_mimic, read_sections
 from cvt2distilgpt2.tasks import DataError, write_annotation
 
 # ---------------------------------------------------------------- sections
@@ -287,6 +287,35 @@ def test_dicom_where_there_is_no_jpg(tmp_path):
     assert not raw.problems and Counter(Path(p).suffix for s in raw.studies for p in s.image_path) == {".jpg": 19, ".dcm": 1}
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpeg", ".JPG", ".JPEG", ".PNG", ".DCM"])
+def test_images_of_another_suffix(tmp_path, suffix):
+    tree = make_mimic_jpg(tmp_path)
+    for path in (tree["root"]/"files").rglob("*.jpg"): path.rename(path.with_suffix(suffix))
+    raw = read_mimic(tree["root"])
+    assert not raw.problems and {Path(p).suffix for s in raw.studies for p in s.image_path} == {suffix}
+    assert all((raw.folder/p).is_file() for s in raw.studies for p in s.image_path)
+
+
+def test_of_several_files_of_an_image_the_published_form_is_taken(tmp_path):
+    tree = make_mimic_jpg(tmp_path)
+    for path in list((tree["root"]/"files").rglob("*.jpg")): shutil.copy(path, path.with_suffix(".png"))
+    assert {Path(p).suffix for s in read_mimic(tree["root"]).studies for p in s.image_path} == {".jpg"}
+
+
+@pytest.mark.parametrize("above", ["physionet.org", "physionet.org/files", "physionet.org/files/mimic-cxr-jpg"])
+def test_folders_above_as_wget_leaves_them(tmp_path, above):
+    tree = make_mimic_jpg(tmp_path/"physionet.org"/"files")
+    assert find_root(tmp_path/above) == tree["root"]
+    assert read_mimic(tmp_path/above).studies == read_mimic(tree["root"]).studies
+
+
+def test_the_dicom_files_of_mimic_may_lie_beside(tmp_path):
+    "They are the same studies, and have no table of splits."
+    tree = make_mimic_jpg(tmp_path)
+    (tmp_path/"mimic-cxr"/"2.0.0"/"files"/"p10"/"p10000032").mkdir(parents=True)
+    assert find_root(tmp_path) == tree["root"]
+
+
 def test_names_that_lead_out_of_the_archive(tmp_path):
     "They are not read, and nothing is written."
     tree = make_mimic_jpg(tmp_path)
@@ -301,12 +330,14 @@ def test_names_that_lead_out_of_the_archive(tmp_path):
 def test_what_cannot_be_read_at_all_says_why(tmp_path):
     tree = make_mimic_jpg(tmp_path)
     root = tree["root"]
-    with pytest.raises(DataError, match="files/p10"): read_mimic(tmp_path)
+    with pytest.raises(DataError, match="files/p10"): read_mimic(tmp_path/"mimic-cxr")
     with pytest.raises(DataError, match="is not a folder"): read_mimic(tmp_path/"nowhere")
     with pytest.raises(DataError, match="looked for .*none.zip"): read_mimic(root, tmp_path/"none.zip")
     with pytest.raises(ValueError, match='"image" or "study"'): read_mimic(root, examples="patient")
     with pytest.raises(ValueError, match="leave `examples`"): read_mimic(root, examples="study", chen="annotation.json")
-    (tmp_path/"mimic-cxr-jpg"/"copy"/"files"/"p10").mkdir(parents=True)
+    copy = tmp_path/"mimic-cxr-jpg"/"copy"
+    (copy/"files"/"p10").mkdir(parents=True)
+    shutil.copy(next(root.glob("*-split.csv.gz")), copy)
     with pytest.raises(DataError, match="more than once: 2.0.0, copy"): read_mimic(root.parent)
     split = next(root.glob("*-split.csv.gz"))
     table = pd.read_csv(split)

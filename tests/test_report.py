@@ -149,6 +149,22 @@ def test_all_kinds_of_paths(tmp_path, monkeypatch):
     assert find_images("a", studies=True)[0] == [Images("a", ("a/1.jpeg", "a/2.PNG")), Images("a/b", ("a/b/0.dcm",))]
 
 
+def test_dicom_files_without_a_suffix_get_a_report(tmp_path):
+    for name in ("IM000001", "1.2.840.7", "DICOMDIR"): (tmp_path/name).write_bytes(bytes(128) + b"DICM" + bytes(40))
+    (tmp_path/"VERSION").write_text("1")
+    studies, others = find_images(tmp_path)
+    assert [Path(s.id).name for s in studies] == ["1.2.840.7", "IM000001"] and others == {"no suffix": 2}
+
+
+def test_images_behind_links_get_a_report_once(tmp_path):
+    (tmp_path/"disk").mkdir()
+    (tmp_path/"disk"/"a.png").write_text("x")
+    (tmp_path/"in").mkdir()
+    for name in ("linked", "again"): (tmp_path/"in"/name).symlink_to(tmp_path/"disk")
+    (tmp_path/"disk"/"loop").symlink_to(tmp_path/"in")
+    assert [s.id for s in find_images(tmp_path/"in")[0]] == [str(tmp_path/"in"/"again"/"a.png")]
+
+
 @pytest.mark.parametrize("content, said", [("x,y\n1,2\n", "no column of images, but x, y"), ("", "cannot be read as a table"),
                                            ('image,id\n"a,1\n', "cannot be read as a table"), ("image\n\xff\n", "cannot be read as a table")])
 def test_tables_that_are_none(content, said, tmp_path):

@@ -219,3 +219,24 @@ def make_openi(
             (root/name).parent.mkdir(parents=True, exist_ok=True)
             (root/name).mkdir(exist_ok=True) if name.endswith("/") else (root/name).write_bytes(data)
     return root
+
+
+def make_kaggle(
+    root: str | Path,  # the folder to fill
+    n: int = 12,       # reports; of twelve, seven are selected
+) -> Path:             # the same folder
+    "Write IU X-Ray as Kaggle has it: every fourth report has no findings, every fifth one image, every sixth three."
+    root = Path(root)
+    reports, projections = [], []
+    for number in range(1, n + 1):
+        count = 1 if number % 5 == 0 else 3 if number % 6 == 0 else 2
+        for k in reversed(range(count)):
+            name = f"{number}_IM-{number % 7:04d}-{k + 1}001.dcm.png"
+            _picture(root/"images"/"images_normalized"/name, 10*number + k, (24, 20))
+            projections.append((number, name, "Lateral" if k == 1 else "Frontal"))
+        findings = "" if number % 4 == 0 else _report(number, "XXXX")
+        reports.append((number, "Cardiomegaly/mild;Spine/degenerative", "Cardiomegaly", "Xray Chest PA and Lateral", "XXXX-year-old, cough.", "None.", findings, "No acute disease."))
+    names = ["uid", "MeSH", "Problems", "image", "indication", "comparison", "findings", "impression"]
+    pd.DataFrame(reports, columns=names).to_csv(root/"indiana_reports.csv", index=False)
+    pd.DataFrame(projections, columns=["uid", "filename", "projection"]).to_csv(root/"indiana_projections.csv", index=False)
+    return root
