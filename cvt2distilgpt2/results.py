@@ -36,7 +36,7 @@ from .metrics import (METRICS, PROTOCOLS, Meteor, Protocol, bootstrap_interval, 
 from .model import CvT2DistilGPT2, weights_hash
 from .phantom import FINDINGS, Finding
 from .prepare import prepare, settle, task_arguments
-from .tasks import Study, Task, check_task, project_root, read_annotation, task_parameters
+from .tasks import Study, Task, check_task, project_root, read_annotation
 from .train import has_drawn_findings, latest_run, load_model, make_dataset, references_of, run_facts, write_predictions
 
 # %% ../nbs/04_results.ipynb #04-008
