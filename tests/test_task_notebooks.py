@@ -1,4 +1,4 @@
-"The task notebooks on legal data unlike the demo's: each runs to its end, or says in words why not."
+"The task notebooks on legal data unlike the demo's: each runs to its end, or says why not."
 import ast
 import dis
 import os
@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import nbclient
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
+from cvt2distilgpt2.model import CvT2DistilGPT2
 from cvt2distilgpt2.tasks import Study, get_task, write_annotation
 from cvt2distilgpt2.train import make_model
 
@@ -84,15 +86,15 @@ DATA = {
 
 
 def run_notebook(name: str, out: Path, home: Path, /, more=(), **parameters):
-    "Run a notebook by papermill with data and runs in `home`; `more` are words of its command line."
+    "Run a notebook by papermill with data and runs in `home`; `more` are options of papermill."
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", *more]
     command += [str(ROOT/"nbs"/f"{name}.ipynb"), str(out)]
     for parameter, value in parameters.items():
         command += ["-r" if isinstance(value, str) else "-p", parameter, str(value)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     where = {"PYTHONPATH": paths, "CVT2DISTILGPT2_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **QUIET, **where}
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=900)
+    how = dict(env={**os.environ, **QUIET, **where}, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=home, **how)
 
 
 def shown(path: Path) -> str:
@@ -147,6 +149,20 @@ def test_half_precision_may_be_asked_for(precision, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", ["04_results", "05_report"])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_half_precision_checkpoint(kind, name, checkpoint, tmp_path):
+    "A model that was saved in half precision computes in it, on a CPU too."
+    saved = CvT2DistilGPT2.from_pretrained(checkpoint).to(getattr(torch, kind))
+    saved.save_pretrained(tmp_path/"half")
+    task = write_task(tmp_path/"task", DATA["duplicates"])
+    given = dict(checkpoint=str(tmp_path/"half"), max_length=24)
+    given |= dict(task=str(task)) if name == "04_results" else dict(paths=str(task))
+    done = run_notebook(name, tmp_path/"out.ipynb", tmp_path, **given)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.full
 def test_benchmark_in_half_precision_on_the_cpu(tmp_path):
     quick = dict(model="demo", device="cpu", new_tokens=8, images=4, repeats=1)
     command = ["-y", "dtypes: [float16, bfloat16]", "-y", "batch_sizes: [1, 3]"]
@@ -180,7 +196,7 @@ def test_demo_of_three_training_studies(tmp_path):
 
 
 def test_exploring_without_training_studies_or_augmentation(tmp_path):
-    "What there is takes their place, and a sentence says so; a crop of the whole image moves nothing."
+    "What there is takes their place, and a sentence says so; a whole crop moves nothing."
     task = write_task(tmp_path/"task", make_studies("test test test"))
     still = dict(resize=40, image_size=40, rotation=0.0)
     given = dict(task=str(task), profile="chen", style="iu_x_ray", **still)
@@ -243,10 +259,11 @@ def run_cells(*cells: str) -> list[str]:
 
 
 def test_run_all_again_and_again():
-    "A notebook's variables are no parameters, an edited value counts, and a misspelt name is still refused."
+    "A notebook's variables are no parameters, an edited value counts, a misspelt name is refused."
     edited = PARAMETERS.replace("epochs:int = None", "epochs:int = 7")
     first = [PARAMETERS, "# Parameters\nepochs = 3", CALL, VARIABLES]
-    said = run_cells(*first, *first, edited, CALL, VARIABLES, PARAMETERS, "# Parameters\nepoch = 9", CALL)
+    misspelt = [PARAMETERS, "# Parameters\nepoch = 9", CALL]
+    said = run_cells(*first, *first, edited, CALL, VARIABLES, *misspelt)
     assert said[2] == said[6] == "3" and said[9] == "7"
     assert "unknown parameter 'epoch'" in said[-1] and "'epochs'" in said[-1]
 
@@ -256,7 +273,8 @@ def test_run_all_again_and_again():
 def test_task_notebook_runs_twice_in_one_kernel(name, checkpoint, tmp_path, monkeypatch):
     task = write_task(tmp_path/"task", DATA["duplicates"])
     own = {"00d_data": dict(resize=66, image_size=64), "03_train": SMALL}
-    given = dict(task=str(task)) | own.get(name, dict(checkpoint=str(checkpoint), max_length=8, beams=1))
+    quick = dict(checkpoint=str(checkpoint), max_length=8, beams=1)
+    given = dict(task=str(task)) | own.get(name, quick)
     if name == "05_report": given["paths"] = given.pop("task")
     notebook = nbformat.read(ROOT/"nbs"/f"{name}.ipynb", as_version=4)
     cells = [c for c in notebook.cells if c.cell_type == "code"]
@@ -266,4 +284,5 @@ def test_task_notebook_runs_twice_in_one_kernel(name, checkpoint, tmp_path, monk
     notebook.cells = cells + [nbformat.v4.new_code_cell(c.source) for c in cells]
     for variable, value in (QUIET | {"CVT2DISTILGPT2_HOME": str(tmp_path)}).items():
         monkeypatch.setenv(variable, value)
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    place = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=place).execute()
