@@ -196,7 +196,9 @@ def get_task(
     else: raise ValueError(f"unknown task {task!r}: known are {', '.join([*TASKS, *ALIASES])}, "
                            f"or the path of a folder with annotation.json, such as ./{Path(name).name}")
     for n in ("annotation", "images"): # what a user types counts from where they stand
-        if n in changes: changes[n] = str(Path(changes[n]).resolve())
+        if n not in changes: continue
+        _check_text(n, changes[n])
+        changes[n] = str(Path(changes[n]).resolve())
     changes = {n: _check_value(n, v) for n, v in changes.items()}
     recipe = changes.get("recipe", chosen.recipe)
     return check_task(replace(chosen, **{**RECIPES.get(recipe, {}), **changes}))

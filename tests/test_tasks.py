@@ -217,7 +217,7 @@ NUMBERS = {"1": 1, "2026_01": 202601, "0012": 12, "1e5": 1e5, "nan": float("nan"
 
 
 @pytest.mark.parametrize("word", NUMBERS)
-@pytest.mark.parametrize("name", ["task", "run", "compare", "decoder"])
+@pytest.mark.parametrize("name", ["task", "run", "compare", "decoder", "annotation"])
 def test_number_is_no_text(name, word):
     "What papermill's -p made of a word cannot be turned back, so the error says how to give the word."
     with pytest.raises(TypeError, match=f"parameter '{name}' must be text.*`-r {name} WORD`"):
