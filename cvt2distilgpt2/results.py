@@ -37,7 +37,7 @@ from .metrics import (METRICS, PROTOCOLS, Protocol, bootstrap_interval, chance_s
 from .model import CvT2DistilGPT2, weights_hash
 from .phantom import FINDINGS, Finding
 from .prepare import prepare, settle, task_arguments
-from .tasks import TASKS, Study, Task, check_task, project_root, read_annotation, task_parameters
+from .tasks import TASKS, Study, Task, check_task, project_root, read_annotation
 from .train import check_run_data, has_drawn_findings, latest_run, load_model, make_dataset, references_of, run_facts, write_predictions
 
 # %% ../nbs/04_results.ipynb #04-008

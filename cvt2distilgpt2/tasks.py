@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'DEMO', 'MIMIC_CXR', 'IU_X_RAY', 'TASKS', 'ALIASES', 'CHOICES', 'POSITIVE', 'SPLITS', 'project_root',
-           'DataSettings', 'ModelSettings', 'RecipeSettings', 'Task', 'check_task', 'get_task', 'task_parameters',
-           'Study', 'Problem', 'DataError', 'by_split', 'is_inside', 'across_studies', 'load_json', 'read_annotation',
-           'write_annotation', 'RawData', 'open_task']
+           'DataSettings', 'ModelSettings', 'RecipeSettings', 'Task', 'check_task', 'get_task', 'notebook_parameters',
+           'task_parameters', 'Study', 'Problem', 'DataError', 'by_split', 'is_inside', 'across_studies', 'load_json',
+           'read_annotation', 'write_annotation', 'RawData', 'open_task']
 
 # %% ../nbs/00a_tasks.ipynb #00a-002
+import ast
 import hashlib
 import json
 import os
@@ -134,10 +135,21 @@ TASKS = {t.name: t for t in (DEMO, MIMIC_CXR, IU_X_RAY)}
 ALIASES = {"mimic_cxr_jpg_chen": "mimic_cxr", "iu_x_ray_chen": "iu_x_ray"} # the names of the released checkpoints
 
 # %% ../nbs/00a_tasks.ipynb #00a-027
+def _check_text(name: str, value) -> None:
+    "Raise `TypeError` unless `value` is text or a path, several of them, or None."
+    several = value if isinstance(value, (list, tuple)) else [value]
+    for part in several:
+        if part is None or isinstance(part, (str, os.PathLike)): continue
+        raise TypeError(
+            f"parameter {name!r} must be text (str), not {type(part).__name__} ({part!r}). "
+            f"papermill's -p makes numbers of words such as 0012, 2026_01 and 1e5: type `-r {name} WORD`, "
+            f"which leaves the word as it is, or quotes where you write in a notebook or in YAML")
+
 def _check_value(name: str, value):
     "Return `value` as the field `name` holds it; raises `TypeError`."
     hint = typing.get_type_hints(Task)[name]
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if str in allowed: _check_text(name, value)
     if type(value) is int and float in allowed: return float(value)
     if type(value) in allowed: return value
     wanted = " or ".join(t.__name__ for t in allowed if t is not type(None))
@@ -196,7 +208,9 @@ def get_task(
     else: raise ValueError(f"unknown task {task!r}: known are {', '.join([*TASKS, *ALIASES])}, "
                            f"or the path of a folder with annotation.json, such as ./{Path(name).name}")
     for n in ("annotation", "images"): # what a user types counts from where they stand
-        if n in changes: changes[n] = str(Path(changes[n]).expanduser().resolve())
+        if n not in changes: continue
+        _check_text(n, changes[n])
+        changes[n] = str(Path(changes[n]).expanduser().resolve())
     changes = {n: _check_value(n, v) for n, v in changes.items()}
     for n in ("encoder", "decoder"): # these may be names of the hub
         if n in changes: changes[n] = os.path.expanduser(changes[n])
@@ -204,13 +218,60 @@ def get_task(
     return check_task(replace(chosen, **{**RECIPES.get(recipe, {}), **changes}))
 
 # %% ../nbs/00a_tasks.ipynb #00a-039
+def _is_plain(value: ast.expr | None) -> bool:
+    "Tell whether an expression uses no name but papermill's `float`, as in `float('nan')`."
+    if value is None: return False
+    return all(part.id == "float" for part in ast.walk(value) if isinstance(part, ast.Name))
+
+def _names_set(
+    cell: str,   # its text
+    typed: bool, # a cell that gives a name a type (`name:type = value`), or one of plain values alone?
+) -> list[str]:  # empty: it is no such cell
+    "List the names that a cell of one kind sets."
+    try: lines = ast.parse(cell).body
+    except SyntaxError: return [] # not Python alone, such as a cell magic
+    settings = [line for line in lines if isinstance(line, (ast.Assign, ast.AnnAssign))]
+    if typed: is_wanted = any(isinstance(line, ast.AnnAssign) for line in settings)
+    else: is_wanted = settings == lines and all(_is_plain(line.value) for line in settings)
+    if not is_wanted: return []
+    targets = [t for line in settings for t in getattr(line, "targets", None) or [line.target]]
+    return [part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)]
+
+# %% ../nbs/00a_tasks.ipynb #00a-039h
+def _parameter_names(
+    cells: list[str], # the text of each cell that ran, in order: IPython's `In`
+) -> list[str]:       # empty: no cell is a parameters cell
+    "List what the latest parameters cell sets, and the cells of plain values after it; no CONSTANTS."
+    typed = [_names_set(cell, typed=True) for cell in cells]
+    first = next((names[0] for names in typed if names), None)
+    if first is None: return []
+    latest = max(i for i, names in enumerate(typed) if first in names)
+    plain = [_names_set(cell, typed=False) for cell in cells[latest:]]
+    names = [name for names in (*typed[latest:], *plain) for name in names]
+    return [name for name in dict.fromkeys(names) if not name.isupper()]
+
+# %% ../nbs/00a_tasks.ipynb #00a-039e
+def notebook_parameters(
+    names: dict,               # `globals()` of the notebook
+    text: tuple[str, ...] = (), # those of its parameters that are text, or a list of texts
+) -> dict: # name: value
+    "Return the parameters of a notebook; raises `TypeError` for a number where text is wanted."
+    kinds = (str, int, float, bool, list, dict, tuple, type(None))
+    chosen = _parameter_names(names.get("In", []))
+    if not chosen:
+        plain = [name for name, value in names.items() if isinstance(value, kinds)]
+        chosen = [name for name in plain if name.islower() and not name.startswith("_")]
+    given = {name: names[name] for name in chosen if name in names}
+    for name in text: _check_text(name, given.get(name))
+    return given
+
 def task_parameters(
-    names: dict,            # `globals()` of the notebook, before it defines anything but parameters
-    extra: tuple[str, ...], # parameters of the notebook itself that are no fields of a task, such as "run"
+    names: dict,            # `globals()` of the notebook
+    extra: tuple[str, ...], # parameters of the notebook itself, such as "run": all are text
+    task: str | None = None, # for a notebook without a parameter `task`
 ) -> Task:
-    "Make the task that a notebook's parameters describe; raises as `get_task`, and for unknown parameters."
-    plain = (str, int, float, bool, list, dict, tuple, type(None))
-    given = {n: v for n, v in names.items() if n.islower() and not n.startswith("_") and isinstance(v, plain)}
+    "Make the task that a notebook's parameters describe; raises as `get_task` and `notebook_parameters`."
+    given = {"task": task} | notebook_parameters(names, ("task", *extra))
     known = {f.name for f in fields(Task)} - {"name", "source"}
     _check_names(given, known | {"task", *extra})
     return get_task(given["task"], **{n: v for n, v in given.items() if n in known})

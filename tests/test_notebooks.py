@@ -95,9 +95,10 @@ def broken(tmp_path_factory) -> Path:
     (dict(task="iu_x_ray"), ["iu_x_ray/annotation.json", "iu_x_ray/images", "Open-i"]),
     (dict(task="mimic"), ["unknown task 'mimic'", "demo, mimic_cxr, iu_x_ray"]),
     (dict(task="demo", epoch=3), ["unknown parameter 'epoch'", "did you mean 'epochs'?"]),
+    (dict(task="demo", run="2026_01"), ["parameter 'run' must be text", "`-r run WORD`"]),
     (dict(task="{broken}/damaged"), ["b.png", "1 problem in the data"]),
     (dict(task="{broken}/missing"), ["c.png", "1 problem in the data"]),
-], ids=["mimic_cxr", "iu_x_ray", "task", "parameter", "damaged", "missing"])
+], ids=["mimic_cxr", "iu_x_ray", "task", "parameter", "number", "damaged", "missing"])
 def test_bad_input_ends_training_at_once(given, said, broken, tmp_path):
     given = {n: str(v).format(broken=broken) for n, v in given.items()}
     done = papermill("03_train", tmp_path/"out.ipynb", tmp_path, **given)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from trees import make_iu, make_mimic
 
-from cvt2distilgpt2.tasks import (TASKS, DataError, Study, Task, get_task, open_task, project_root, read_annotation, task_parameters,
+from cvt2distilgpt2.tasks import (TASKS, DataError, Study, Task, get_task, notebook_parameters, open_task, project_root, read_annotation, task_parameters,
                                   write_annotation)
 
 GOOD = {s: [dict(id=f"{s}{i}", report="Clear lungs.", image_path=[f"{s}{i}/0.png"], split=s, patient=f"{s}{i}") for i in range(2)]
@@ -233,3 +233,47 @@ def test_tilde_is_the_users_own_folder(tmp_path, monkeypatch):
     task = get_task("~/mine", images="~/pictures", encoder="~/cvt")
     assert task.annotation_path == tmp_path/"mine"/"annotation.json"
     assert (task.image_folder, task.encoder) == (tmp_path/"pictures", str(tmp_path/"cvt"))
+
+
+NUMBERS = {"1": 1, "2026_01": 202601, "0012": 12, "1e5": 1e5, "nan": float("nan"), "True": True}
+
+
+@pytest.mark.parametrize("word", NUMBERS)
+@pytest.mark.parametrize("name", ["task", "run", "compare", "decoder", "annotation"])
+def test_number_is_no_text(name, word):
+    "What papermill's -p made of a word cannot be turned back, so the error says how to give the word."
+    with pytest.raises(TypeError, match=f"parameter '{name}' must be text.*`-r {name} WORD`"):
+        task_parameters({"task": "demo", name: NUMBERS[word]}, extra=("run", "compare"))
+
+
+def test_text_may_be_a_path_or_several():
+    given = dict(task="demo", compare=["a.csv", Path("b.csv")], run=None)
+    assert task_parameters(given, extra=("run", "compare")) == TASKS["demo"]
+    with pytest.raises(TypeError, match="parameter 'compare' must be text"):
+        task_parameters(given | dict(compare=["a.csv", 7]), extra=("run", "compare"))
+
+
+PARAMETERS = 'task:str = "demo"  # a task\nepochs:int = None\nrun:str = None'
+CALL = "settings = task_parameters(globals(), extra=('run',))"
+CELLS = { # the cells that ran, in order: what is found in them
+    "parameters": ([PARAMETERS, CALL], "epochs run task"),
+    "injected": ([PARAMETERS, "# Parameters\nlr = 0.1\nclip = float('inf')", CALL], "clip epochs lr run task"),
+    "twice": ([PARAMETERS, CALL, "studies = {}", "state = 1", PARAMETERS, CALL], "epochs run task"),
+    "injected the first time": ([PARAMETERS, "lr = 0.1", CALL, PARAMETERS, CALL], "epochs run task"),
+    "injected the second time": ([PARAMETERS, CALL, PARAMETERS, "epoch = 3", CALL], "epoch epochs run task"),
+    "a field added": ([PARAMETERS, CALL, PARAMETERS + "\nn_val = 5", CALL], "epochs n_val run task"),
+    "computed": (["import os\ntask:str = os.sep.join('ab')", "import re", CALL], "task"),
+    "in a cell of its own": ([PARAMETERS, "import os", "epochs:int = 3", "n_val = 2", CALL], "epochs n_val run task"),
+    "magics and constants": (["%matplotlib inline", PARAMETERS, "OPTIONS = ('a',)", "%time x = 1", CALL], "epochs run task"),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_parameters_are_what_their_cells_set(name):
+    cells, found = CELLS[name]
+    variables = dict.fromkeys([*found.split(), "studies", "state", "settings", "x"], 1)
+    assert sorted(notebook_parameters({**variables, "In": ["", *cells]})) == found.split()
+
+
+def test_outside_of_a_notebook_every_plain_value_counts():
+    assert set(notebook_parameters(dict(task="demo", epoch=3, Path=Path, _x=1, json=json))) == {"task", "epoch"}

@@ -24,7 +24,8 @@ from cvt2distilgpt2.decoder import load_tokenizer
 from cvt2distilgpt2.phantom import draw, sample_phantom
 from cvt2distilgpt2.prepare import prepare
 from cvt2distilgpt2.tasks import Study, get_task, open_task, write_annotation
-from cvt2distilgpt2.train import _batch_plan, data_identity, load_model, main, make_model, make_trainer, references_of, run_folder, task_labels, train, write_predictions
+from cvt2distilgpt2.train import (_batch_plan, data_identity, load_model, main, make_dataset, make_model, make_trainer, references_of, run_folder,
+                                  task_labels, train, validation_scores, warm_start, write_predictions)
 from trees import make_iu, make_mimic
 
 torch.set_num_threads(1)
@@ -310,3 +311,21 @@ def test_full_size_model_trains_on_real_studies(pairs, test_data, home, tmp_path
     metrics = json.loads((run/"metrics.json").read_text())
     assert metrics["best_step"] == 20 and all(np.isfinite(h["eval_loss"]) for h in metrics["history"] if "eval_loss" in h)
     assert load_model(run).num_parameters() == 127_629_376
+
+
+# data that are legal and unlike the demo's
+
+def test_warm_start_with_less_than_a_batch(folder):
+    "The only batch is used, however small."
+    task = get_task(str(folder), **{**quick, "warm_start": 1})
+    studies = open_task(task)["train"][:3]
+    dataset = make_dataset(task, studies, str.strip, train=True)
+    model = make_model(task, [s.report for s in studies])
+    assert np.isfinite(warm_start(model, task, dataset, studies)).all()
+
+
+def test_validation_of_findings_that_say_more_than_a_phantoms():
+    edema = {"type": "edema", "certainty": 0.9}
+    studies = [Study("a", "Pulmonary edema.", ("a.png",), "val", findings=(edema,))]
+    scores = validation_scores(["There is pulmonary edema."], [["Pulmonary edema."]], studies)
+    assert scores["finding_f1"] == 1
