@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'DICOM', 'IMAGES', 'COLUMNS', 'DELIMITERS', 'MEND_PAIR', 'drawn_split', 'is_image_file',
-           'read_captions', 'read_table', 'folder_files', 'read_listed', 'read_folder']
+           'read_captions', 'named_columns', 'read_rows', 'table_studies', 'split_of_path', 'read_table',
+           'folder_files', 'read_listed', 'read_folder']
 
 # %% ../nbs/00bd_captions.ipynb #00bd-002
+import ast
 import csv
 import hashlib
 import io
+import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -206,65 +209,197 @@ def read_captions(
     return _raw_data(_with_split(found, seed, counts), folder, folder, problems, counts)
 
 # %% ../nbs/00bd_captions.ipynb #00bd-042
-COLUMNS = { # role: names that are known for it
+COLUMNS = {  # role: names that are known for it
     "image": ("image", "images", "image_path", "path", "file", "file_name", "filename", "filepath"),
-    "text": ("report", "text", "caption", "findings", "impression"),
+    "text": ("report", "text", "caption", "captions", "findings", "impression"),
     "id": ("id", "study_id", "study"),
     "split": ("split",),
     "patient": ("patient", "patient_id", "subject_id", "subject"),
-    "view": ("view", "views", "view_position")}
+    "view": ("view", "views", "view_position"),
+}
 DELIMITERS = ",", "\t", ";"
 
-def _find_columns(header: list[str], chosen: dict[str, str]) -> dict[str, list[int]]: # role: its columns, none or more
-    "Find the columns of each role; `chosen` names are looked for instead of the known ones."
+
+def named_columns(
+    words: str | None,  # "image=path,text=conclusion", as `--columns` takes it
+) -> dict[str, str]:  # role: name of its column
+    "Read which column is which; raises `ValueError` for an unknown role."
+    pairs = [part.partition("=") for part in (words or "").split(",") if part.strip()]
+    chosen = {role.strip(): name.strip() for role, _, name in pairs}
+    unknown = [role for role, name in chosen.items() if role not in COLUMNS or not name]
+    if unknown:
+        raise ValueError(
+            f"columns must be given as ROLE=NAME, not {', '.join(map(repr, unknown))}; "
+            f"roles: {', '.join(COLUMNS)}"
+        )
+    return chosen
+
+
+def _find_columns(
+    header: list[str],
+    chosen: dict[str, str],  # role: the name that is looked for instead of the known ones
+) -> dict[str, list[int]]:  # role: its columns, none or more
+    "Find the columns of each role."
     names = [h.strip().lower() for h in header]
-    def of(name, role): return [i for i, n in enumerate(names) if n == name or (role in ("image", "text", "view") and re.fullmatch(rf"{re.escape(name)}_?\d+", n))]
-    known = {role: (chosen[role].strip().lower(),) if role in chosen else COLUMNS[role] for role in COLUMNS}
-    return {role: next(filter(None, (of(n, role) for n in known[role])), []) for role in COLUMNS}
+
+    def called(name: str, role: str) -> list[int]:
+        several = re.compile(rf"{re.escape(name)}(_?\d+)?")
+        numbered = role in ("image", "text", "view")
+        return [i for i, n in enumerate(names) if n == name or numbered and several.fullmatch(n)]
+
+    columns = {}
+    for role, known in COLUMNS.items():
+        wanted = (chosen[role].strip().lower(),) if role in chosen else known
+        columns[role] = next(filter(None, (called(name, role) for name in wanted)), [])
+    return columns
 
 # %% ../nbs/00bd_captions.ipynb #00bd-046
-def _table_form(head: str, path: Path, chosen: dict[str, str]) -> tuple[str, dict[str, list[int]]]: # delimiter; columns of each role
-    "Find how a table is written from its first line; raises `DataError` that lists the columns found and those that are known."
-    headers = {d: next(csv.reader([head], delimiter=d), []) for d in DELIMITERS}
-    for delimiter, header in headers.items():
-        columns = _find_columns(header, chosen)
-        if all(columns[role] for role in {"image", "text", *chosen}):
-            twice = [role for role in ("id", "split", "patient") if len(columns[role]) > 1]
-            if twice: raise DataError([Problem("", f"{path}:1", f"has several columns for {' and '.join(twice)}", "Rename all but one of each.")])
-            return delimiter, columns
-    found = ", ".join(map(repr, max(headers.values(), key=len)))
-    known = "; ".join(f"{role}: {chosen.get(role) or ' or '.join(COLUMNS[role])}" for role in {"image": 0, "text": 0, **chosen})
-    raise DataError([Problem("", f"{path}:1", f"has not the columns that are needed, but {_shown(found) or 'nothing'}", f"Name them ({known}), or say which is which by `columns`.")])
+def _json_rows(path: Path, text: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    "Split JSON records into header and rows; raises `DataError`."
+    if path.suffix.lower() == ".json":
+        records = load_json(path)
+        if isinstance(records, dict) and all(isinstance(v, str) for v in records.values()):
+            records = [{"id": name, "text": value} for name, value in records.items()]
+        lines = enumerate(records, 1) if isinstance(records, list) else [(1, records)]
+    else:
+        lines = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                lines += [(number, json.loads(line))] if line.strip() else []
+            except ValueError as e:
+                what, mend = f"not valid JSON ({e})", "Write one object a line."
+                raise DataError([Problem("", f"{path}:{number}", what, mend)]) from e
+    rows = list(lines)
+    if wrong := [number for number, record in rows if not isinstance(record, dict)]:
+        what = "is no object of names and values"
+        mend = 'Write {"image": "a.png", "text": "..."}, in .jsonl one a line, in .json in a list.'
+        raise DataError([Problem("", f"{path}:{wrong[0]}", what, mend)])
+    header = list(dict.fromkeys(name for _, record in rows for name in record))
+    cells = [(number, [_as_cell(record.get(name)) for name in header]) for number, record in rows]
+    return header, cells
 
-def _table_rows(text: str, delimiter: str, path: Path) -> list[tuple[int, list[str]]]: # (line where it begins, cells); blank lines are none
-    "Split a table into rows; raises `DataError` where quotes leave it open what a cell is."
-    reader, rows, line = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [], 1
+
+def _as_cell(value) -> str:
+    "Write a value of JSON as a cell of a table."
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+# %% ../nbs/00bd_captions.ipynb #00bd-046a
+def _delimited_rows(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    "Split a table into rows, each with the line where it begins; raises `DataError`."
+    csv.field_size_limit(2**31 - 1)  # a text of 150,000 letters is none too long
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = []
+    line = 1
     try:
         for cells in reader:
-            if cells: rows.append((line, cells))
+            if cells:  # a blank line is no row
+                rows.append((line, cells))
             line = reader.line_num + 1
     except csv.Error as e:
-        mend = 'Put every text that holds a quote, a delimiter or a line break between quotes, and write its own quotes twice.'
-        raise DataError([Problem("", f"{path}:{line}", f"the row that begins here has quotes out of order ({e})", mend)]) from e
-    return rows
+        what = f"the row that begins here has quotes out of order ({e})"
+        mend = (
+            "Put every text that holds a quote, a delimiter or a line break between quotes, "
+            "and write its own quotes twice."
+        )
+        raise DataError([Problem("", f"{path}:{line}", what, mend)]) from e
+    width = len(rows[0][1]) if rows else 0
+    return [(line, _cut_empty(cells, width)) for line, cells in rows]
+
+
+def _cut_empty(cells: list[str], width: int) -> list[str]:
+    "Leave out the empty cells behind the header's, which delimiters at the end of a row make."
+    return cells if any(cell.strip() for cell in cells[width:]) else cells[:width]
+
+
+def read_rows(
+    path: str | Path,  # .csv, .tsv, .txt, .jsonl or .json, UTF-8
+    suits: Callable[[list[str]], bool],  # has a header the columns that are needed?
+) -> tuple[list[str], list[tuple[int, list[str]]]]:  # header; rows with the line of each
+    "Read a table as text; where no delimiter suits, the one of the longest header is taken. Raises `DataError`."
+    path = Path(path)
+    text = _read_bytes(path)
+    if path.suffix.lower() in (".json", ".jsonl"):
+        return _json_rows(path, text)
+    head = next(iter(text.splitlines()), "")
+    if wrong := _text_faults(head):
+        raise DataError([Problem("", f"{path}:1", *fault) for fault in wrong])
+    headers = {d: next(csv.reader([head], delimiter=d), []) for d in DELIMITERS}
+    suitable = [d for d, header in headers.items() if suits(header)]
+    longest = max(headers, key=lambda d: len(headers[d]))
+    delimiter = suitable[0] if suitable else longest
+    (_, header), *rows = _delimited_rows(path, text, delimiter)
+    return header, rows
+
+# %% ../nbs/00bd_captions.ipynb #00bd-046b
+def _table_columns(
+    path: Path,
+    header: list[str],
+    chosen: dict[str, str],
+    needed: tuple[str, ...],  # roles
+) -> dict[str, list[int]]:  # role: its columns
+    "Find the columns of a table; raises `DataError` that lists those found and those known."
+    columns = _find_columns(header, chosen)
+    roles = dict.fromkeys((*needed, *chosen))
+    if not all(columns[role] for role in roles):
+        there = ", ".join(map(repr, header))
+        known = [f"{role}: {chosen.get(role) or ' or '.join(COLUMNS[role])}" for role in roles]
+        what = f"has not the columns that are needed, but {_shown(there) or 'nothing'}"
+        mend = (
+            f"Name them ({'; '.join(known)}), or say which is which: "
+            "--columns image=NAME,text=NAME on the command line, `columns` in Python."
+        )
+        raise DataError([Problem("", f"{path}:1", what, mend)])
+    twice = [role for role in ("id", "split", "patient") if len(columns[role]) > 1]
+    if twice:
+        what = f"has several columns for {' and '.join(twice)}"
+        raise DataError([Problem("", f"{path}:1", what, "Rename all but one of each.")])
+    return columns
 
 # %% ../nbs/00bd_captions.ipynb #00bd-050
-def _within(path: str, folder: Path) -> str: # with "/" between its parts
+def _within(path: str, folder: Path) -> str:  # with "/" between its parts
     "Write `path` as it counts from `folder`, if it begins at the root."
     path = PurePosixPath(path.strip().replace("\\", "/"))
     root = folder.resolve().as_posix()
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
-def _row_study(cells: list[str], columns: dict[str, list[int]], folder: Path) -> Study:
+
+def _parts(cell: str, between: str = "[;|]") -> list[str]:
+    "Split a cell that holds several values: a list as JSON or Python writes it, or parts between signs."
+    cell = cell.strip()
+    if cell.startswith("[") and cell.endswith("]"):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                values = read(cell)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue
+            if isinstance(values, list) and all(isinstance(v, str) for v in values):
+                return [v.strip() for v in values if v.strip()]
+    parts = re.split(between, cell) if between else [cell]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _row_study(
+    cells: list[str],
+    columns: dict[str, list[int]],  # of each role
+    folder: Path,  # that image paths count from
+) -> Study:
     "Make the candidate that one row speaks of; without an id its first image is its name."
-    def get(role): return [cells[i].strip() for i in columns[role] if cells[i].strip()]
-    def parts(role): return [p.strip() for cell in get(role) for p in re.split("[;|]", cell) if p.strip()]
-    def one(role): return next(iter(get(role)), "")
-    images, texts = tuple(_within(p, folder) for p in parts("image")), tuple(get("text")) or ("",)
-    views = tuple(map(view_name, parts("view"))) or None
-    name = one("id") if columns["id"] else images[0] if images else ""
+
+    def several(role: str, between: str = "[;|]") -> list[str]:
+        return [part for i in columns[role] for part in _parts(cells[i], between)]
+
+    def one(role: str) -> str:
+        return next((cells[i].strip() for i in columns[role] if cells[i].strip()), "")
+
+    images = tuple(_within(path, folder) for path in several("image"))
+    texts = tuple(several("text", between="")) or ("",)
+    views = tuple(map(view_name, several("view"))) or None
+    name = one("id") if columns["id"] else next(iter(images), "")
     split = SPLIT_NAMES.get(one("split").lower(), one("split"))
-    return Study(name, texts[0], images, split, texts if len(texts) > 1 else None, one("patient") or None, views)
+    references = texts if len(texts) > 1 else None
+    return Study(name, texts[0], images, split, references, one("patient") or None, views)
 
 # %% ../nbs/00bd_captions.ipynb #00bd-053
 def _merged(rows: list[Study]) -> Study | None: # None: they do not belong together
@@ -293,37 +428,98 @@ def _group_rows(rows: list[tuple[Study, str]], problems: list[Problem], counts: 
 
 # %% ../nbs/00bd_captions.ipynb #00bd-056
 def _read_bytes(path: Path) -> str:
-    "Read a text, its lines ended as on any machine; bytes that are not UTF-8 become halves of characters, by which they are found. Raises `DataError`."
-    try: return path.read_bytes().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
-    except OSError as e: raise DataError([Problem("", str(path), f"cannot be read ({e.strerror})", "Check that it is a file and may be read.")]) from e
+    "Read a text; bytes that are not UTF-8 become halves of characters. Raises `DataError`."
+    try:
+        return path.read_bytes().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
+    except OSError as e:
+        what, mend = f"cannot be read ({e.strerror})", "Check that it is a file and may be read."
+        raise DataError([Problem("", str(path), what, mend)]) from e
 
-def _table_studies(path: Path, chosen: dict[str, str], folder: Path, problems: list[Problem], counts: Counter) -> list[tuple[Study, str]]:
-    "Make the candidates of a table, each with its line; adds to `problems` rows that have not the header's number of cells. Raises `DataError`."
-    text = _read_bytes(path)
-    head = next(iter(text.splitlines()), "")
-    if wrong := _text_faults(head): raise DataError([Problem("", f"{path}:1", *fault) for fault in wrong])
-    delimiter, columns = _table_form(head, path, chosen)
-    (_, header), *rows = _table_rows(text, delimiter, path)
-    counts["rows"] = len(rows)
+
+def table_studies(
+    path: Path,
+    chosen: dict[str, str],  # role: name of its column
+    folder: Path | None,  # that image paths count from; None: the table's, or `images` in it
+    problems: list[Problem],  # to which rows of another width than the header's are added
+    counts: Counter,
+    needed: tuple[str, ...] = ("image", "text"),  # roles; others are read where they are there
+    roles: tuple[str, ...] = tuple(COLUMNS),  # that are read at all
+) -> tuple[list[tuple[Study, str]], Path]:  # candidates, each with its line; the images' folder
+    "Make the candidates of a table; raises `DataError` where it cannot be read."
+
+    def suits(header: list[str]) -> bool:
+        columns = _find_columns(header, chosen)
+        return all(columns[role] for role in (*needed, *chosen))
+
+    header, rows = read_rows(path, suits)
+    columns = _table_columns(path, header, chosen, needed)
+    columns = {role: places if role in roles else [] for role, places in columns.items()}
+    counts["rows"] += len(rows)
+    for line, cells in rows:
+        if len(cells) != len(header):
+            what = f"{len(cells)} cells, but the header has {len(header)}"
+            mend = "Put texts that hold the delimiter between quotes."
+            problems.append(Problem("", f"{path}:{line}", what, mend))
     fit = [(line, cells) for line, cells in rows if len(cells) == len(header)]
-    problems += [Problem("", f"{path}:{line}", f"{len(cells)} cells, but the header has {len(header)}", "Put texts that hold the delimiter between quotes.")
-                 for line, cells in rows if len(cells) != len(header)]
-    return _group_rows([(_row_study(cells, columns, folder), f"{path}:{line}") for line, cells in fit], problems, counts)
+    folder = folder or _images_folder(path.parent, [cells for _, cells in fit], columns["image"])
+    studies = [(_row_study(cells, columns, folder), f"{path}:{line}") for line, cells in fit]
+    return _group_rows(studies, problems, counts), folder
+
+
+def _images_folder(beside: Path, rows: list[list[str]], columns: list[int]) -> Path:
+    "Find the folder that image paths count from by the first image: the table's, or `images` in it."
+    first = next((p for cells in rows for i in columns for p in _parts(cells[i])), None)
+    places = [beside, beside / "images", beside / "Images"]
+    return next((p for p in places if first and is_inside(first) and (p / first).is_file()), beside)
 
 # %% ../nbs/00bd_captions.ipynb #00bd-057
+def _place_in(
+    study: Study,
+    inner: Path,  # that its image paths count from
+    folder: Path,  # that they shall count from
+) -> Study:
+    "Write the image paths of a study as they count from a folder above."
+    above = inner.relative_to(folder).as_posix()
+    paths = study.image_path
+    paths = tuple(f"{above}/{p}" if is_inside(p) and above != "." else p for p in paths)
+    name = paths[0] if study.image_path and study.id == study.image_path[0] else study.id
+    return replace(study, id=name, image_path=paths)
+
+
+def split_of_path(path: Path, source: Path) -> str:
+    "Return the split that a table's name, or its folder's within `source`, speaks of."
+    return _file_split(path) or _file_split(Path(path.parent.relative_to(source).as_posix()))
+
+
 def read_table(
-    table: str | Path,                     # CSV or TSV, with a header, UTF-8
-    images: str | Path | None = None,      # folder that paths count from; None: the table's own
-    columns: dict[str, str] | None = None, # {"image", "text", "id", "split", "patient" or "view": name of the column}, where it is not a known one
-    seed: int = 0,                         # of the split that is drawn where there is no split column
+    table: str | Path | list[Path],  # one, or several, whose names or folders tell the split
+    images: str | Path | None = None,  # folder that paths count from; None: the table's own
+    columns: dict[str, str] | None = None,  # role: its column, where it is not a known one
+    seed: int = 0,  # of the split that is drawn where one table has no split column
 ) -> RawData:
-    "Read a table of images and texts; raises `DataError` where it cannot be read, `ValueError` for an unknown role in `columns`."
-    path, chosen, problems, counts = Path(table), columns or {}, [], Counter()
-    folder = path.parent if images is None else Path(images)
-    if unknown := chosen.keys() - COLUMNS: raise ValueError(f"unknown role {', '.join(map(repr, unknown))}; known: {', '.join(COLUMNS)}")
-    _need_folder(folder)
-    found = _table_studies(path, chosen, folder, problems, counts)
-    return _raw_data(_with_split(found, seed, counts), folder, path, problems, counts)
+    "Read tables of images and texts; raises `DataError`, `ValueError` for an unknown role in `columns`."
+    tables = [Path(table)] if isinstance(table, (str, Path)) else [Path(t) for t in table]
+    chosen = columns or {}
+    if unknown := chosen.keys() - COLUMNS:
+        roles = ", ".join(map(repr, unknown))
+        raise ValueError(f"unknown role {roles}; known: {', '.join(COLUMNS)}")
+    named = None if images is None else Path(images)
+    source = Path(os.path.commonpath([path.parent.absolute() for path in tables]))
+    source = tables[0].parent if len(tables) == 1 else source
+    _need_folder(named or source)
+    problems = []
+    counts = Counter()
+    candidates = []
+    for path in tables:
+        path = path if len(tables) == 1 else path.absolute()
+        studies, inner = table_studies(path, chosen, named, problems, counts)
+        split = split_of_path(path, source) if len(tables) > 1 else ""
+        folder = named or (inner if len(tables) == 1 else source)
+        for study, place in studies:
+            study = replace(study, split=study.split or split)
+            candidates.append((_place_in(study, named or inner, folder), place))
+    found = _with_split(candidates, seed, counts)
+    return _raw_data(found, folder, tables[0], problems, counts)
 
 # %% ../nbs/00bd_captions.ipynb #00bd-062b
 def folder_files(

@@ -33,8 +33,8 @@ from tqdm import tqdm
 # %% ../nbs/00c_prepare.ipynb #00c-003
 from . import phantom
 from .cache import ImageCache, build_cache, verify_cache
-from .captions import (drawn_split, folder_files, read_captions, read_folder,
-                                     read_listed, read_table)
+from .captions import (drawn_split, folder_files, named_columns, read_captions, read_folder,
+                                     read_listed, read_table, split_of_path)
 from .images import open_visible, read_size
 from .iu import KAGGLE_IMAGES, KAGGLE_REPORTS, download_openi, read_iu
 from .mimic import ABOVE, read_mimic
@@ -234,7 +234,9 @@ LAYOUTS = { # what it reads; by which files a folder is known; which options hav
                  ("NLMCXR_*", "ecgen-radiology", KAGGLE_REPORTS), ("chen",)),
     "captions": ("captions in COCO's form, their images beside or in `originals`",
                  ("captions_*.json", "annotations/captions_*.json"), ("originals",)),
-    "table": ("a table of images and texts", ("*.csv", "*.tsv"), ("originals",)),
+    "table": ("a table of images and texts, or several named after their splits",
+              ("*.csv", "*.tsv", "captions.txt", "*.jsonl", "*/metadata.jsonl", "*/metadata.csv"),
+              ("originals", "columns")),
     "folder": ("images with texts of the same name", ("**/*.txt",), ()),
 }
 OWN_LAYOUT = {"mimic_cxr": "MIMIC-CXR", "iu_x_ray": "IU X-Ray"} # of tasks that have a name
@@ -259,9 +261,11 @@ def _file_layout(source: Path) -> str | None:
         return "IU X-Ray"
     if suffix == ".json":
         content = load_json(source)
+        if isinstance(content, list):
+            return "table"
         has_splits = isinstance(content, dict) and any(s in content for s in SPLITS)
         return ONE_FORM if has_splits else "captions"
-    return "table" if suffix in (".csv", ".tsv") else None
+    return "table" if suffix in (".csv", ".tsv", ".jsonl", ".txt") else None
 
 def _files_like(source: Path, pattern: str) -> list[Path]:
     "List the files by which a layout is known; the first text is enough."
@@ -310,12 +314,15 @@ def _draw_splits(
     return replace(raw, studies=studies, counts=raw.counts | said)
 
 # %% ../nbs/00c_prepare.ipynb #00c-040
-def _only(tables: list[Path]) -> Path:
-    "Return the one table; raises `ValueError` if there are several."
-    if len(tables) > 1:
-        raise ValueError(f"there are {len(tables)} tables: name the one that is meant, "
-                         f"such as {tables[0]}")
-    return tables[0]
+def _tables_of(source: Path, tables: list[Path]) -> list[Path]:
+    "Return the tables that make one task; raises `ValueError` if several are none."
+    silent = [path for path in tables if not split_of_path(path, source)]
+    if len(tables) > 1 and silent:
+        raise ValueError(
+            f"there are {len(tables)} tables, and the name of {silent[0]} speaks of no split. Name "
+            "the one that is meant, or call them train, val and test"
+        )
+    return tables
 
 # %% ../nbs/00c_prepare.ipynb #00c-040b
 def _read_layout(
@@ -334,7 +341,7 @@ def _read_layout(
     if layout == "captions":
         return read_captions(files, originals or folder)
     if layout == "table":
-        return read_table(_only(files), originals)
+        return read_table(_tables_of(folder, files), originals, named_columns(options["columns"]))
     if layout == ONE_FORM:
         return read_listed(files[0], originals)
     return read_folder(source)
@@ -347,6 +354,7 @@ def read_source(
     chen: Path | None = None,       # Chen et al.'s `annotation.json`: exactly its studies and split
     examples: str = "image",        # of MIMIC-CXR: "image" (as published) or "study", with all its views
     split: str = "given",           # "given" by the source, or "drawn"
+    columns: str | None = None,     # of a table: "image=path,text=conclusion"
     task: str | None = None,        # its name: `mimic_cxr` and `iu_x_ray` have layouts of their own
 ) -> RawData:
     "Read `source` by its layout; raises `FileNotFoundError`, `ValueError`, and as the reader does."
@@ -354,7 +362,7 @@ def read_source(
         raise ValueError(f"split must be given or drawn, not {split!r}")
     layout, files = _layout(source, task)
     what, _, meant = LAYOUTS[layout]
-    options = dict(originals=originals, reports=reports, chen=chen, examples=examples)
+    options = dict(originals=originals, reports=reports, chen=chen, examples=examples, columns=columns)
     given = [n for n, v in options.items() if v and (n, v) != ("examples", "image")]
     wrong = [n for n in given if n not in meant]
     if wrong:
@@ -449,7 +457,7 @@ def task_arguments(
     return task, others
 
 # %% ../nbs/00c_prepare.ipynb #00c-066
-SOURCE = ("source", "originals", "reports", "chen", "examples", "split") # of `read_source`
+SOURCE = ("source", "originals", "reports", "chen", "examples", "split", "columns") # of `read_source`
 STORE = ("store", "processes")                                           # of `build`
 
 def _whole_number(name: str, words: str) -> int:
@@ -460,7 +468,7 @@ def _whole_number(name: str, words: str) -> int:
 def _build_from(task: Task, source: dict, store: dict) -> dict[str, list[Study]]:
     "Read and build what the command line names; raises as `read_source` and `build` do."
     if task.name == "demo": raise ValueError("the demo is drawn, not read: name the task to make of your data, such as --task ./mine")
-    words = ("examples", "split")
+    words = ("examples", "split", "columns")
     paths = {n: v if n in words else Path(v).expanduser() for n, v in source.items() if v}
     raw = read_source(**paths, task=task.name)
     print(f"{source['source']}: " + ", ".join(f"{n:,} {words}" for words, n in raw.counts.items()))

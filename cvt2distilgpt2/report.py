@@ -29,10 +29,10 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .captions import COLUMNS, DELIMITERS, folder_files, is_image_file
+from .captions import folder_files, is_image_file, named_columns, table_studies
 from .data import ImageFolder, collate, same_channels
 from .decoder import decode_reports
-from .images import open_image
+from .images import open_visible
 from .model import CvT2DistilGPT2, ReportImageProcessor, weights_hash
 from .tasks import ALIASES, SPLITS, TASKS, DataError, Task, get_task, open_task
 from .train import LIMITS, load_model, processes
@@ -76,25 +76,22 @@ def images_in_folder(
     return [Images(_name(p), tuple(views)) for p, views in groups.items()], others
 
 # %% ../nbs/05_report.ipynb #05-026
-def _read_rows(path: Path) -> pd.DataFrame: # all text, headers in small letters
-    "Read a table of texts; raises `ValueError` that names it."
-    try:
-        with open(path, encoding="utf-8-sig") as file: head = file.readline()
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, sep=max(DELIMITERS, key=head.count), encoding="utf-8-sig")
-    except (ValueError, pd.errors.ParserError) as e: raise ValueError(f"{path} cannot be read as a table: {e}") from e
-    return table.rename(columns=lambda name: name.strip().lower())
-
 def images_in_table(
-    path: Path, # of a CSV or TSV file with a header
-) -> list[Images]: # in the order of their first rows
-    "List the studies of a table; raises `ValueError` if it cannot be read or has no column of images."
-    table, groups = _read_rows(path), defaultdict(list)
-    image, name = (next((n for n in COLUMNS[role] if n in table), None) for role in ("image", "id"))
-    if not image: raise ValueError(f"{path} has no column of images, but {', '.join(table)}; call it one of {', '.join(COLUMNS['image'])}")
-    for row, cell in enumerate(table[image]):
-        views = [str(path.parent/p.strip()) for p in cell.replace("|", ";").split(";") if p.strip()]
-        groups[_name(table[name][row].strip() if name else cell.strip())] += views
-    return [Images(study, tuple(dict.fromkeys(views))) for study, views in groups.items()]
+    path: Path,  # as `read_rows` takes it
+    columns: dict[str, str] | None = None,  # role: its column, where it is not a known one
+) -> list[Images]:  # in the order of their first rows
+    "List the studies of a table; raises `DataError` if it cannot be read or has no images."
+    problems = []
+    roles = ("image", "id", "view")  # texts are not needed, and splits do not matter
+    chosen = {role: name for role, name in (columns or {}).items() if role in roles}
+    rows = (path, chosen, None, problems, Counter(), ("image",), roles)
+    studies, folder = table_studies(*rows)
+    if problems:
+        raise DataError(problems)
+    return [
+        Images(_name(s.id), tuple(str(folder / p) for p in dict.fromkeys(s.image_path)))
+        for s, _ in studies
+    ]
 
 # %% ../nbs/05_report.ipynb #05-030
 def images_in_task(
@@ -106,18 +103,20 @@ def images_in_task(
     return [Images(_name(s.id), s.image_path, str(task.image_folder)) for part in SPLITS if split in (None, part) for s in studies[part]]
 
 # %% ../nbs/05_report.ipynb #05-032
-def _in_one(path: str, studies: bool, split: str | None) -> tuple[list[Images], Counter]:
+def _in_one(
+    path: str, studies: bool, split: str | None, columns: dict[str, str] | None
+) -> tuple[list[Images], Counter]:
     "List what one word of the command line stands for; raises `FileNotFoundError` for nothing."
     path = os.path.expanduser(path)
     place, none = Path(path), Counter()
     if (place/"annotation.json").is_file(): return images_in_task(get_task(str(place.resolve())), split), none
     if place.is_dir(): return images_in_folder(place, studies)
-    if place.suffix.lower() in (".csv", ".tsv") and place.is_file(): return images_in_table(place), none
+    if place.suffix.lower() in (".csv", ".tsv", ".jsonl") and place.is_file(): return images_in_table(place, columns), none
     if place.exists(): return [Images(_name(path), (str(path),))], none
     if path in (*TASKS, *ALIASES): return images_in_task(get_task(path), split), none
     matches = sorted(glob.glob(path, recursive=True))
     if not matches: raise FileNotFoundError(f"{path} is no image, folder, table or pattern that matches any, and no task ({', '.join(TASKS)})")
-    parts = [_in_one(match, studies, split) for match in matches]
+    parts = [_in_one(match, studies, split, columns) for match in matches]
     return [s for found, _ in parts for s in found], sum((others for _, others in parts), none)
 
 # %% ../nbs/05_report.ipynb #05-033
@@ -125,10 +124,11 @@ def find_images(
     paths: list[str | Path | Images] | str | Path, # images, folders, patterns, tables, prepared tasks; or what was found before
     studies: bool = False,         # is a (sub-)folder one study, not each of its images?
     split: str | None = None,      # of prepared tasks; None: all
+    columns: dict[str, str] | None = None, # of tables: role: its column, where it is not a known one
 ) -> tuple[list[Images], Counter]: # in order, each once; files left out, by suffix
     "List all that gets a report; raises `FileNotFoundError` for a path that leads nowhere, `ValueError` for ids with several meanings."
     given = [paths] if isinstance(paths, (str, Path)) else paths
-    parts = [([p], Counter()) if isinstance(p, Images) else _in_one(str(p), studies, split) for p in given]
+    parts = [([p], Counter()) if isinstance(p, Images) else _in_one(str(p), studies, split, columns) for p in given]
     found, others = dict.fromkeys(s for part, _ in parts for s in part), sum((c for _, c in parts), Counter())
     said = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common())
     if not found: raise FileNotFoundError(f"no images in {paths}" + (f", only other files: {said}" if said else ""))
@@ -140,7 +140,7 @@ def find_images(
 @lru_cache
 def _opener(folder: str | None):
     "Return what opens an image: of a prepared task through its cache, else a file. Nothing is held in memory."
-    return ImageFolder(folder, limit=0) if folder else open_image
+    return ImageFolder(folder, limit=0) if folder else open_visible
 
 def _in_words(error: Exception) -> str: # in one line
     "Say what is wrong with an image."
@@ -322,7 +322,7 @@ def write_reports(
     dtype: torch.dtype | None = None, # to compute in; None: the model's own
     batch_size: int = 16,             # studies at a time
     workers: int = 2,                 # processes that read images
-    **which,                          # for `find_images`: `studies`, `split`
+    **which,                          # for `find_images`: `studies`, `split`, `columns`
 ) -> Path: # of the output
     "Write the reports of all images; raises as `find_images`, `reported` and `stream_reports` do."
     out, state, made = Path(out).expanduser(), processes(), made_with(model, num_beams, max_length, dtype)
@@ -362,6 +362,7 @@ def read_arguments(
     parser.add_argument("--dtype", choices=DTYPES, help="to compute in (the model's own)")
     parser.add_argument("--studies", action="store_true", help="make the images of each folder the views of one study")
     parser.add_argument("--split", choices=SPLITS, help="of prepared tasks (all)")
+    parser.add_argument("--columns", help="of tables: which column is which, such as image=path,id=study")
     parser.add_argument("--tokenizer", default="distilgpt2", help="for a released .ckpt, which carries none: hub name or folder (distilgpt2)")
     return parser.parse_args(argv)
 
@@ -375,7 +376,7 @@ def _find(args: argparse.Namespace) -> list[Images]: # for the first process alo
     "List what the command line names, and say on standard error what of it is left out; raises as `find_images` does."
     if not processes().is_main_process: return []
     paths = [p for p in args.paths if not args.out or Path(p).resolve() != args.out.resolve()] # a pattern may hold the output
-    studies, others = find_images(paths, args.studies, args.split)
+    studies, others = find_images(paths, args.studies, args.split, named_columns(args.columns))
     left = ", ".join(f"{n:,} {suffix}" for suffix, n in others.most_common())
     print(f"{len(studies):,} studies" + (f"; other files, left out: {left}" if left else ""), file=sys.stderr)
     return studies
