@@ -259,7 +259,7 @@ def _json_rows(path: Path, text: str) -> tuple[list[str], list[tuple[int, list[s
     if path.suffix.lower() == ".json":
         records = load_json(path)
         if isinstance(records, dict) and all(isinstance(v, str) for v in records.values()):
-            records = [{"id": name, "text": value} for name, value in records.items()]
+            records = [{"id": name, "caption": value} for name, value in records.items()]
         lines = enumerate(records, 1) if isinstance(records, list) else [(1, records)]
     else:
         lines = []

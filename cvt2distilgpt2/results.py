@@ -32,7 +32,7 @@ from tqdm import tqdm
 from .clinical import OBSERVATIONS, Labeller, clinical_tables, finding_matrices, finding_table, load_chexbert, positives, study_f1
 from .data import PROFILES, collate, texts_of
 from .decoder import decode_reports
-from .metrics import (METRICS, PROTOCOLS, Protocol, bootstrap_interval, chance_scores, compare_systems, constant_report, diversity, make_protocol, most_frequent_reports,
+from .metrics import (CIDER_OF_ONE, METRICS, PROTOCOLS, Protocol, bootstrap_interval, chance_scores, compare_systems, constant_report, diversity, make_protocol, most_frequent_reports,
                                     over_seeds, per_report, published, read_predictions, score_protocols, scored_text, shuffled, systems_statistics, with_interval)
 from .model import CvT2DistilGPT2, weights_hash
 from .phantom import FINDINGS, Finding
@@ -113,7 +113,7 @@ def results_folder(
     path = Path(source).expanduser()
     if path.exists():
         path = path.resolve()
-        source = path.parent.name if path.name == "model" else re.sub(r"(?i)\.(ckpt|csv|tsv|txt)$", "", path.name)
+        source = path.parent.name if path.name == "model" else re.sub(r"(?i)\.(ckpt|csv|tsv|txt|jsonl?)$", "", path.name)
     return project_root()/"runs"/task.name/("test_of_" + re.sub(r"[^\w.=-]+", "_", str(source)))
 
 # %% ../nbs/04_results.ipynb #04-023
@@ -521,6 +521,8 @@ def _of_scores(scores: pd.DataFrame) -> str:
     cider = scores[(scores.metric == "cider") & (scores.source == "this test")].set_index("system")
     model = cider.loc[OURS]
     others = ", ".join(f"{name} {score:.3f}" for name, score in cider.score.items() if name != OURS)
+    if model.n == 1:
+        return f"{CIDER_OF_ONE}."
     return f"CIDEr is {with_interval(model.score, model.low, model.high)}" + (f"; the controls get: {others}." if others else ".")
 
 # %% ../nbs/04_results.ipynb #04-118

@@ -296,6 +296,11 @@ def test_a_draw_of_the_bootstrap_is_the_score_of_that_resample():
     assert scores["rouge_l"] == pytest.approx(Rouge().compute_score(gts, res)[0], abs=1e-9)
 
 
+def test_cider_of_one_study_says_that_it_can_only_be_0():
+    with pytest.warns(UserWarning, match="CIDEr of a single study can only be 0"):
+        assert nlg_scores(["no effusion ."], ["no effusion ."], ("cider",)) == {"cider": 0}
+
+
 def test_every_reference_counts():
     "Without any one of the five, in any place, the scores of a corpus are others."
     predictions, references = CORPORA["five references"]

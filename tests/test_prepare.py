@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from test_images import BROKEN, KINDS
 from threadpoolctl import threadpool_info
 from trees import make_iu, make_mimic
 
 from cvt2distilgpt2.images import open_image
-from cvt2distilgpt2.prepare import _map_processes, check_images, draw_demo, prepare, read_size, task_arguments
+from cvt2distilgpt2.prepare import _map_processes, check_images, draw_demo, main, prepare, read_size, read_source, task_arguments
 from cvt2distilgpt2.tasks import DataError, Study, get_task, read_annotation
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -199,3 +200,56 @@ def test_published_tasks(tmp_path, make, name, n):
 def test_real_radiographs():
     task = get_task(os.path.join(os.environ["CVT2DISTILGPT2_TEST_DATA"], "cxr_pairs"))
     assert sum(len(s.image_path) for v in prepare(task).values() for s in v) == 83
+
+
+# tables as people have them
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.linear_gradient("L").resize((64, 64)).save(path)
+
+
+def test_flickrs_captions(tmp_path):
+    "captions.txt beside the folder Images, a row a caption."
+    picture(tmp_path/"Images"/"1.jpg")
+    (tmp_path/"captions.txt").write_text('image,caption\n1.jpg,A child in a dress .\n1.jpg,"A girl , ""going"" in ."\n')
+    (study,) = read_source(tmp_path).studies
+    assert study.references == ("A child in a dress .", 'A girl , "going" in .') and study.image_path == ("1.jpg",)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_image_folders_of_the_hub(form, tmp_path):
+    for split in ("train", "validation", "test"):
+        picture(tmp_path/split/"0.png")
+        text = '{"file_name": "0.png", "text": "Clear."}\n' if form == "jsonl" else "file_name,text\n0.png,Clear.\n"
+        (tmp_path/split/f"metadata.{form}").write_text(text)
+    raw = read_source(tmp_path)
+    assert not raw.problems and {s.id: s.split for s in raw.studies} == {"train/0.png": "train", "validation/0.png": "val", "test/0.png": "test"}
+    assert all((raw.folder/p).is_file() for s in raw.studies for p in s.image_path)
+
+
+def test_tables_named_after_their_splits(tmp_path):
+    for i, name in enumerate(("train", "valid", "test")):
+        picture(tmp_path/f"{i}.png")
+        (tmp_path/f"{name}.csv").write_text(f"image,caption\n{i}.png,Text.\n")
+    assert {s.id: s.split for s in read_source(tmp_path).studies} == {"0.png": "train", "1.png": "val", "2.png": "test"}
+    (tmp_path/"other.csv").write_text("image,caption\n0.png,Text.\n")
+    with pytest.raises(ValueError, match="4 tables, and the name of .*other.csv speaks of no split"): read_source(tmp_path)
+
+
+def test_columns_are_said_on_the_command_line(tmp_path, monkeypatch):
+    picture(tmp_path/"0.png")
+    (tmp_path/"t.csv").write_text("scan,words\n0.png,Clear.\n")
+    given = ["--task", str(tmp_path/"mine"), "--source", str(tmp_path/"t.csv")]
+    with pytest.raises(SystemExit) as e: main(given)
+    assert "--columns image=NAME,text=NAME" in str(e.value)
+    main([*given, "--columns", "image=scan,text=words", "--resize", "64", "--image_size", "64"])
+    assert (tmp_path/"mine"/"annotation.json").is_file()
+    with pytest.raises(ValueError, match="'picture'; roles: image, text"): read_source(tmp_path/"t.csv", columns="picture=scan")
+
+
+def test_list_of_records_in_json(tmp_path):
+    picture(tmp_path/"0.png")
+    (tmp_path/"x.json").write_text('[{"id": "007", "images": ["0.png"], "captions": ["A.", "B."]}]')
+    (study,) = read_source(tmp_path/"x.json").studies
+    assert (study.id, study.image_path, study.references) == ("007", ("0.png",), ("A.", "B."))

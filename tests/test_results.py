@@ -15,7 +15,7 @@ from PIL import Image
 
 from cvt2distilgpt2 import metrics, results
 from cvt2distilgpt2.clinical import OBSERVATIONS, clinical_scores, class_confusion, finding_table, label_table, load_chexbert, positives
-from cvt2distilgpt2.metrics import METRICS, MeteorError, make_protocol, paired_comparison, report_statistics, shuffled, shuffled_scores
+from cvt2distilgpt2.metrics import METRICS, MeteorError, make_protocol, paired_comparison, read_predictions, report_statistics, shuffled, shuffled_scores
 from cvt2distilgpt2.phantom import Finding, draw, finding_scores, sample_phantom
 from cvt2distilgpt2.results import (as_trained, control_reports, drawn_findings, evaluate, find_run, image_features, main, nearest_reports, open_evaluation,
                                     read_others, reports_once, results_folder, score_systems, score_table)
@@ -361,12 +361,12 @@ known = [f"s{i},Clear." for i in range(16, 22)]
     (lines("id,generated", *known[1:], 's16," \n"'), "empty reports, 1: 's16' (line 7). Fill them in"),
     (lines("id,generated", *known[1:], "s16,No edema, no effusion."), "without just 2 fields, 1: line 7 (3). Put reports"),
     (lines("id,generated", *known[1:], "s16"), "without just 2 fields, 1: line 7 (1)"),
-    (lines("study;text", "s16;Clear."), "has no column 'id'; there are: 'study;text'"),
+    (lines("study;text", "s16;Clear."), "has no column 'id'; there are: 'study', 'text'"),
     (lines("id,text", *known), "has no column 'generated'; there are: 'id', 'text'. Say which"),
     (lines("id,generated,generated", *(f"{k},x" for k in known)), "has 2 columns 'generated'"),
     ("id,generated\ns16,Übersicht.".encode("latin-1"), "is not UTF-8 (byte 17). Save it as UTF-8"),
-    (lines("id,generated", *known[1:], 's16,"Clear.'), "from line 7: not CSV"),
-    (lines("id,generated", 's16,"Clear" heart.', *known[1:]), "from line 2: not CSV"),
+    (lines("id,generated", *known[1:], 's16,"Clear.'), "predictions.csv:7: the row that begins here has quotes out of order"),
+    (lines("id,generated", 's16,"Clear" heart.', *known[1:]), "predictions.csv:2: the row that begins here has quotes out of order"),
     (b"\x89PNG\r\n\x1a\n\x00", "is not UTF-8"),
 ], ids=lambda v: v[:24].replace(" ", "-") if isinstance(v, str) else "")
 def test_bad_predictions_are_refused_whole(content, said, texts, tmp_path, monkeypatch):
@@ -385,6 +385,34 @@ def test_all_problems_of_a_file_are_listed_at_once(texts, tmp_path):
     path.write_bytes(lines("id,generated", "s16,", "s17,a,b", "s18,x", "s18,y", "s99,z"))
     with pytest.raises(ValueError) as e: open_evaluation(get_task(str(texts)), predictions=path)
     assert len(str(e.value).splitlines()) == 6 and "6 test studies, so nothing was scored" in str(e.value)
+
+
+FORMS = {  # what people and programs write, ids that look like numbers among it
+    "tabs.tsv": "id\tgenerated\n003\tClear.\nNA\tNo change, no edema.\n",
+    "semicolons.csv": "id;generated\n003;Clear.\nNA;No change, no edema.\n",
+    "coco.json": '[{"image_id": "003", "caption": "Clear."}, {"image_id": "NA", "caption": "No change, no edema."}]',
+    "lines.jsonl": '{"id": "003", "report": "Clear.", "error": ""}\n{"id": "NA", "report": "No change, no edema.", "error": ""}\n',
+    "report.csv": 'id,report,error,made_with,note\n003,Clear.,,x,y\n"NA","No change, no edema.","","x","y"\n',
+    "dict.json": '{"003": "Clear.", "NA": "No change, no edema."}',
+    "empty cells behind.csv": 'id,generated\n003,Clear.,\nNA,"No change, no edema.",,\n',
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_predictions_in_every_form(name, tmp_path):
+    (tmp_path/name).write_text(FORMS[name])
+    assert read_predictions(tmp_path/name, ["NA", "003"]) == {"NA": "No change, no edema.", "003": "Clear."}
+
+
+def test_rows_with_an_error_are_no_predictions(tmp_path):
+    (tmp_path/"r.jsonl").write_text('{"id": "a", "report": "", "error": "blank"}\n{"id": "b", "report": "Clear.", "error": ""}\n')
+    with pytest.raises(ValueError, match="rows with an error instead of a report, 1: 'a' .line 1.. Mend"):
+        read_predictions(tmp_path/"r.jsonl", ["a", "b"])
+
+
+def test_numbers_in_json_are_ids(tmp_path):
+    (tmp_path/"coco.json").write_text('[{"image_id": 391895, "caption": "A man."}]')
+    assert read_predictions(tmp_path/"coco.json", ["391895"]) == {"391895": "A man."}
 
 
 def test_predictions_without_model_or_images(texts, good, home, monkeypatch, capsys):
