@@ -250,7 +250,13 @@ def show_studies(
     image_folder: str | Path,                # that image paths are relative to
     generated: dict[str, str] | None = None, # id -> report of a model, set beside the study's own
 ) -> plt.Figure:
-    "Draw each study as a row: its images, its report and, where given, what a model wrote; raises `DataError` for a bad image."
+    "Draw each study as a row: its images, its report and, where given, what a model wrote; raises `DataError` for a bad image, `ValueError` for other ids."
+    if generated and not any(s.id in generated for s in studies):
+        other, wanted = next(iter(generated)), studies[0].id
+        raise ValueError(
+            f"generated has ids such as {other!r}, not {wanted!r}: ids are text "
+            "(pandas reads them so by dtype=str)"
+        )
     views, titles = max(len(s.image_path) for s in studies), ["Reference", "Generated"] if generated else ["Report"]
     ratios, images = [1]*views + [1.5]*len(titles), ImageFolder(image_folder)
     fig, axes = plt.subplots(len(studies), len(ratios), figsize=(2*sum(ratios), 2.1*len(studies)), dpi=72,

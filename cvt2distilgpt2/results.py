@@ -159,7 +159,7 @@ def open_checkpoint(
 
 def open_predictions(
     task: Task,
-    path: str | Path,                              # a CSV file
+    path: str | Path,                              # as `read_predictions` takes it
     columns: tuple[str, str] = ("id", "generated"), # where ids and reports stand
 ) -> Evaluation:
     "Read a file of reports and what to score them against; raises as `read_texts`, `task_protocol` and `read_predictions` do."
@@ -203,7 +203,7 @@ def open_evaluation(
     task: Task,
     checkpoint: str | Path | None = None,  # None: the newest finished run, unless there are predictions
     given: Collection[str] = (),           # fields of `task` that were asked for
-    predictions: str | Path | None = None, # a CSV file, instead of a checkpoint
+    predictions: str | Path | None = None, # a table of reports, instead of a checkpoint
     columns: tuple[str, str] = ("id", "generated"), # of that file
 ) -> Evaluation:
     "Open what is scored and against what; raises as `open_checkpoint`, `open_predictions` and `check_earlier` do, `ValueError` for both at once."

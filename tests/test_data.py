@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from trees import make_iu, make_mimic
 
 from cvt2distilgpt2.cache import build_cache
-from cvt2distilgpt2.data import (MEAN, STD, ImageFolder, Labels, ReportDataset, TextLists, clean_report, collate, image_transform, make_labels,
+from cvt2distilgpt2.data import (show_studies, MEAN, STD, ImageFolder, Labels, ReportDataset, TextLists, clean_report, collate, image_transform, make_labels,
                                  normalise, random_numbers_of, transform_image)
 from cvt2distilgpt2.images import open_image
 from cvt2distilgpt2.tasks import DataError, Study, get_task, open_task
@@ -295,3 +295,9 @@ def test_notebook_explores_published_tasks(tmp_path, name, make, folder):
 def test_notebook_explores_a_folder(tmp_path):
     done, out = explore(tmp_path, ROOT, "-p", "task", str(Path(DATA)/"cxr_pairs"))
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_generated_reports_of_other_ids_are_not_shown_as_nothing(tmp_path):
+    Image.linear_gradient("L").resize((40, 40)).save(tmp_path/"0.png")
+    studies = [Study("003", "Clear.", ("0.png",), "test")]
+    with pytest.raises(ValueError, match="ids such as 3, not '003': ids are text"): show_studies(studies, tmp_path, {3: "Clear."})
