@@ -5,6 +5,7 @@ import os
 import re
 from configparser import ConfigParser
 from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,11 @@ def test_parameters_are_fields_of_a_task(name):
     names = [n.target.id for n in ast.parse(source(cell)).body]
     own = {"task", "run", "init", "checkpoint", "predictions", "id_column", "report_column", "compare", "chexbert", "vocabulary"} # of the notebooks, no fields
     assert set(names) <= {f.name for f in fields(Task)} | own and "task" in names
+
+
+def test_the_architecture_is_drawn_from_the_model():
+    spec = spec_from_file_location("architecture", root/".ci"/"architecture.py")
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    drawn = script.draw_architecture()
+    assert script.PATH.read_text(encoding="utf-8") == drawn, "run .ci/architecture.py and commit nbs/architecture.svg"
