@@ -90,3 +90,19 @@ def test_the_architecture_is_drawn_from_the_model():
     spec.loader.exec_module(script)
     drawn = script.draw_architecture()
     assert script.PATH.read_text(encoding="utf-8") == drawn, "run .ci/architecture.py and commit nbs/architecture.svg"
+
+
+def test_links_of_notebooks_lead_to_files():
+    links = [(path, link) for path in notebooks for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"
+             for link in re.findall(r"\]\(([^)\s:#]+)\)", source(cell))]
+    assert links
+    assert [f"{path.name}: {link}" for path, link in links if not (path.parent/link).exists()] == []
+
+
+def test_workflow_runs_the_readme_command_on_the_versions_it_names():
+    workflow, readme = ((root/name).read_text() for name in (".github/workflows/test.yml", "README.md"))
+    assert "grep -m 1 'bin/pytest' README.md" in workflow
+    assert next(line for line in readme.splitlines() if "bin/pytest" in line).startswith("python3 -m venv")
+    low, high = map(int, re.search(r"Python 3\.(\d+) to 3\.(\d+)", readme).groups())
+    assert re.findall(r'"3\.(\d+)"', workflow) == [str(minor) for minor in range(low, high + 1)]
+    assert settings["min_python"] == f"3.{low}"
