@@ -85,24 +85,33 @@ def test_parameters_are_fields_of_a_task(name):
 
 
 def test_the_architecture_is_drawn_from_the_model():
-    spec = spec_from_file_location("architecture", root/".ci"/"architecture.py")
+    spec = spec_from_file_location("architecture", root / ".ci" / "architecture.py")
     script = module_from_spec(spec)
     spec.loader.exec_module(script)
     drawn = script.draw_architecture()
-    assert script.PATH.read_text(encoding="utf-8") == drawn, "run .ci/architecture.py and commit nbs/architecture.svg"
+    committed = script.PATH.read_text(encoding="utf-8")
+    assert committed == drawn, "run .ci/architecture.py and commit nbs/architecture.svg"
 
 
 def test_links_of_notebooks_lead_to_files():
-    links = [(path, link) for path in notebooks for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"
-             for link in re.findall(r"\]\(([^)\s:#]+)\)", source(cell))]
-    assert links
-    assert [f"{path.name}: {link}" for path, link in links if not (path.parent/link).exists()] == []
+    links, broken = 0, []
+    for path in notebooks:
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] != "markdown":
+                continue
+            for link in re.findall(r"\]\(([^)\s:#]+)\)", source(cell)):
+                links += 1
+                if not (path.parent / link).exists():
+                    broken.append(f"{path.name}: {link}")
+    assert links and not broken
 
 
 def test_workflow_runs_the_readme_command_on_the_versions_it_names():
-    workflow, readme = ((root/name).read_text() for name in (".github/workflows/test.yml", "README.md"))
+    workflow = (root / ".github" / "workflows" / "test.yml").read_text()
+    readme = (root / "README.md").read_text()
     assert "grep -m 1 'bin/pytest' README.md" in workflow
-    assert next(line for line in readme.splitlines() if "bin/pytest" in line).startswith("python3 -m venv")
+    command = next(line for line in readme.splitlines() if "bin/pytest" in line)
+    assert command.startswith("python3 -m venv")
     low, high = map(int, re.search(r"Python 3\.(\d+) to 3\.(\d+)", readme).groups())
     assert re.findall(r'"3\.(\d+)"', workflow) == [str(minor) for minor in range(low, high + 1)]
     assert settings["min_python"] == f"3.{low}"
