@@ -14,7 +14,7 @@ from cvt2distilgpt2.tasks import Study, write_annotation
 from trees import make_iu
 
 root = Path(__file__).resolve().parent.parent
-TASK_NOTEBOOKS = ("index", "00d_data", "03_train", "04_results", "05_report", "06_benchmark", "06a_loading")
+TASK_NOTEBOOKS = ("index", "00d_data", "03_train", "04_results", "05_report", "06_benchmark", "06a_loading", "tour")
 quiet = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 small = dict(n_train=64, n_val=12, n_test=24, warm_start=1, epochs=1)
 
@@ -64,6 +64,16 @@ def test_executed_training_shows_curves_table_and_reports(home):
 def test_notebook_on_the_demo(name, given, home, tmp_path):
     done = papermill(name, tmp_path/"out.ipynb", home, cwd=root/"nbs", **given)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_tour_runs_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    brief = dict(n_train=48, n_test=8, naming_epochs=1, writing_epochs=1)
+    home = tmp_path / "home"
+    done = papermill("tour", tmp_path / "out.ipynb", home, cwd=root / "nbs", **brief)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not home.exists()
+    assert list(tmp_path.rglob("annotation.json")) == []
 
 
 def test_published_task_runs_by_papermill(tmp_path):

@@ -5,6 +5,7 @@ import os
 import re
 from configparser import ConfigParser
 from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,36 @@ def test_parameters_are_fields_of_a_task(name):
     names = [n.target.id for n in ast.parse(source(cell)).body]
     own = {"task", "run", "init", "checkpoint", "predictions", "id_column", "report_column", "compare", "chexbert", "vocabulary"} # of the notebooks, no fields
     assert set(names) <= {f.name for f in fields(Task)} | own and "task" in names
+
+
+def test_the_architecture_is_drawn_from_the_model():
+    spec = spec_from_file_location("architecture", root / ".ci" / "architecture.py")
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    drawn = script.draw_architecture()
+    committed = script.PATH.read_text(encoding="utf-8")
+    assert committed == drawn, "run .ci/architecture.py and commit nbs/architecture.svg"
+
+
+def test_links_of_notebooks_lead_to_files():
+    links, broken = 0, []
+    for path in notebooks:
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] != "markdown":
+                continue
+            for link in re.findall(r"\]\(([^)\s:#]+)\)", source(cell)):
+                links += 1
+                if not (path.parent / link).exists():
+                    broken.append(f"{path.name}: {link}")
+    assert links and not broken
+
+
+def test_workflow_runs_the_readme_command_on_the_versions_it_names():
+    workflow = (root / ".github" / "workflows" / "test.yml").read_text()
+    readme = (root / "README.md").read_text()
+    assert "grep -m 1 'bin/pytest' README.md" in workflow
+    command = next(line for line in readme.splitlines() if "bin/pytest" in line)
+    assert command.startswith("python3 -m venv")
+    low, high = map(int, re.search(r"Python 3\.(\d+) to 3\.(\d+)", readme).groups())
+    assert re.findall(r'"3\.(\d+)"', workflow) == [str(minor) for minor in range(low, high + 1)]
+    assert settings["min_python"] == f"3.{low}"
