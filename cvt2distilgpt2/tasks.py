@@ -142,9 +142,11 @@ def _check_text(name: str, value) -> None:
         if part is None or isinstance(part, (str, os.PathLike)): continue
         raise TypeError(
             f"parameter {name!r} must be text (str), not {type(part).__name__} ({part!r}). "
-            f"papermill's -p makes numbers of words such as 0012, 2026_01 and 1e5: type `-r {name} WORD`, "
-            f"which leaves the word as it is, or quotes where you write in a notebook or in YAML")
+            f"papermill's -p makes numbers of words such as 0012, 2026_01 and 1e5: "
+            f"type `-r {name} WORD`, which leaves the word as it is, "
+            f"or quotes where you write in a notebook or in YAML")
 
+# %% ../nbs/00a_tasks.ipynb #00a-027a
 def _check_value(name: str, value):
     "Return `value` as the field `name` holds it; raises `TypeError`."
     hint = typing.get_type_hints(Task)[name]
@@ -207,8 +209,7 @@ def get_task(
     elif os.sep in name or Path(name).is_dir(): chosen = _task_by_path(Path(name).expanduser().resolve())
     else: raise ValueError(f"unknown task {task!r}: known are {', '.join([*TASKS, *ALIASES])}, "
                            f"or the path of a folder with annotation.json, such as ./{Path(name).name}")
-    for n in ("annotation", "images"): # what a user types counts from where they stand
-        if n not in changes: continue
+    for n in changes.keys() & {"annotation", "images"}: # a path counts from where the user stands
         _check_text(n, changes[n])
         changes[n] = str(Path(changes[n]).expanduser().resolve())
     changes = {n: _check_value(n, v) for n, v in changes.items()}
@@ -225,7 +226,7 @@ def _is_plain(value: ast.expr | None) -> bool:
 
 def _names_set(
     cell: str,   # its text
-    typed: bool, # a cell that gives a name a type (`name:type = value`), or one of plain values alone?
+    typed: bool, # a cell that gives a name a type (`name:type = value`), or one of plain values?
 ) -> list[str]:  # empty: it is no such cell
     "List the names that a cell of one kind sets."
     try: lines = ast.parse(cell).body
@@ -241,7 +242,7 @@ def _names_set(
 def _parameter_names(
     cells: list[str], # the text of each cell that ran, in order: IPython's `In`
 ) -> list[str]:       # empty: no cell is a parameters cell
-    "List what the latest parameters cell sets, and the cells of plain values after it; no CONSTANTS."
+    "List what the latest parameters cell and cells of plain values after it set; no CONSTANTS."
     typed = [_names_set(cell, typed=True) for cell in cells]
     first = next((names[0] for names in typed if names), None)
     if first is None: return []
@@ -270,7 +271,7 @@ def task_parameters(
     extra: tuple[str, ...], # parameters of the notebook itself, such as "run": all are text
     task: str | None = None, # for a notebook without a parameter `task`
 ) -> Task:
-    "Make the task that a notebook's parameters describe; raises as `get_task` and `notebook_parameters`."
+    "Make the task that parameters describe; raises as `get_task` and `notebook_parameters` do."
     given = {"task": task} | notebook_parameters(names, ("task", *extra))
     known = {f.name for f in fields(Task)} - {"name", "source"}
     _check_names(given, known | {"task", *extra})

@@ -258,7 +258,8 @@ def warm_start(
         pixels, *mask, targets = (v.to(device) for v in batch.values()) # pixel_values, perhaps view_mask
         return F.binary_cross_entropy_with_logits(classifier(encoder_input(pixels, model.image_processor), *mask), targets)
     whole = len(dataset) >= task.batch_size # a smaller last batch is left out, but not the only one
-    loader = DataLoader(range(len(dataset)), task.batch_size, shuffle=True, drop_last=whole, num_workers=task.workers, collate_fn=batches)
+    loader = DataLoader(range(len(dataset)), task.batch_size, shuffle=True, drop_last=whole,
+                        num_workers=task.workers, collate_fn=batches)
     return _fit(classifier, task, dataset, loader, loss)
 
 # %% ../nbs/03_train.ipynb #03-052
