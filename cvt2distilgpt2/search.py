@@ -721,10 +721,10 @@ def read_config(
     rules: dict,  # as given to `generate`
 ) -> SearchConfig | str:  # str: what is not supported
     "Express what `generate` is asked for in a `SearchConfig`, or name what is not supported."
-    given = {name: value for name, value in rules.items() if value is not None}
-    if isinstance(given.get("generation_config"), GenerationConfig):
-        given = given.pop("generation_config").to_diff_dict() | given
-    rules = defaults.to_diff_dict() | given
+    rules = {name: value for name, value in rules.items() if value is not None}
+    if isinstance(rules.get("generation_config"), GenerationConfig):
+        rules = rules.pop("generation_config").to_diff_dict() | rules
+    rules = defaults.to_diff_dict() | rules
     reason = _unsupported_rule(rules) or _unsupported_part(model)
     if reason:
         return reason

@@ -642,9 +642,9 @@ def test_dropout_plays_no_part_in_a_report(model):
 
 def test_what_is_no_image(model, tmp_path):
     (tmp_path / "a.txt").write_text("no picture")
-    for wrong in (tmp_path / "a.txt", tmp_path / "missing.png"):
-        with pytest.raises(ValueError, match=wrong.name):
-            model.report([wrong])
+    for path in (tmp_path / "a.txt", tmp_path / "missing.png"):
+        with pytest.raises(ValueError, match=path.name):
+            model.report([path])
     with pytest.raises(TypeError, match="Tensor"):
         model.report([torch.zeros(3, 64, 64)])
     with pytest.raises(ValueError, match="study 1 has no image"):
