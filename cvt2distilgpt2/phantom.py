@@ -598,9 +598,9 @@ def _break_ribs(
     radii = np.ones(lines.shape[:2], np.float32)
     first = rng.integers(3, 5)
     many = rng.integers(3, 5)
-    place = rng.uniform(0.3, 0.42)  # share of the rib's length
+    position = rng.uniform(0.3, 0.42)  # share of the rib's length
     for k in range(many):
-        off = np.linspace(0, 1, lines.shape[1]) - place - 0.02 * k
+        off = np.linspace(0, 1, lines.shape[1]) - position - 0.02 * k
         lines[first + k, :, 1] += np.where(off > 0, 1.1, -0.8) * np.exp(-abs(off) / 0.08)
         radii[first + k] = np.where(abs(off) < 0.022, 0, 1 + 0.3 * (abs(off) < 0.075))
     return lines, radii
