@@ -1,4 +1,8 @@
-"What would spoil the reading of 00b_phantom: two processes, every finding in both views, fuzzing, an oracle for the scores."
+"""What would spoil the reading of the phantom's notebook.
+
+Two processes, every finding in both views, fuzzing, and an oracle for the scores.
+"""
+
 import hashlib
 import os
 import subprocess
@@ -7,21 +11,71 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.metrics import precision_recall_fscore_support
 
-from cvt2distilgpt2.phantom import (AFFIRM, DENY, FINDINGS, NAMES, OWN_DENIAL, VIEWS, Finding, allowed_details, deny, draw, finding_scores,
-                                    parse_report, sample_phantom, write_report)
+from cvt2distilgpt2.phantom import (
+    AFFIRM,
+    DENY,
+    FINDINGS,
+    NAMES,
+    OWN_DENIAL,
+    VIEWS,
+    Finding,
+    _deny,
+    allowed_details,
+    draw,
+    finding_scores,
+    parse_report,
+    sample_phantom,
+    write_report,
+)
 
-ALL = [Finding(t, side, place, size) for t in FINDINGS for side in allowed_details(t)["side"]
-       for place in allowed_details(t, side)["place"] for size in allowed_details(t, side)["size"]]
-name = lambda f: " ".join(filter(None, (f.size, f.side, f.type, f.place)))
+
+def all_findings():
+    "Every finding that can be drawn."
+    findings = []
+    for type in FINDINGS:
+        for side in allowed_details(type)["side"]:
+            details = allowed_details(type, side)
+            for place in details["place"]:
+                findings += [Finding(type, side, place, size) for size in details["size"]]
+    return findings
+
+
+ALL = all_findings()
+
+
+def name_of(finding):
+    return " ".join(filter(None, (finding.size, finding.side, finding.type, finding.place)))
+
+
+def noiseless(phantom, view="frontal"):
+    "The image that so many photons make that their noise cannot be seen."
+    quiet = replace(phantom, anatomy=replace(phantom.anatomy, exposure=1e12))
+    return draw(quiet, view).astype(float)
+
+
+DIGEST = """
+import hashlib
+from cvt2distilgpt2.phantom import VIEWS, draw, sample_phantom
+digest = hashlib.sha256()
+for seed in range(8):
+    study = sample_phantom((seed, 1))
+    digest.update(repr(study).encode())
+    for view in VIEWS:
+        digest.update(draw(study, view, 96).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def digest_with(hash_seed):
+    "The digest of eight studies that another process draws."
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    return subprocess.check_output([sys.executable, "-c", DIGEST], env=environment)
 
 
 def test_two_processes_draw_the_same():
-    code = ("import hashlib; from cvt2distilgpt2.phantom import *; h = hashlib.sha256()\n"
-            "for s in range(8):\n    p = sample_phantom((s, 1)); h.update(repr(p).encode()); [h.update(draw(p, v, 96).tobytes()) for v in VIEWS]\n"
-            "print(h.hexdigest())")
-    run = lambda seed: subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
-    assert run("1") == run("2")
+    assert digest_with("1") == digest_with("2")
 
 
 def test_labels_and_words_are_those_of_other_machines():
@@ -30,24 +84,29 @@ def test_labels_and_words_are_those_of_other_machines():
 
 
 def test_order_of_drawing_does_not_matter():
-    p, other = sample_phantom(3), sample_phantom(4)
-    first = draw(p, "frontal", 64)
-    draw(other), draw(p, "lateral", 64)
-    assert (draw(p, "frontal", 64) == first).all()
+    phantom = sample_phantom(3)
+    first = draw(phantom, "frontal", 64)
+    draw(sample_phantom(4))
+    draw(phantom, "lateral", 64)
+    assert (draw(phantom, "frontal", 64) == first).all()
 
 
-@pytest.mark.parametrize("finding", ALL, ids=name)
-def test_finding_is_seen_on_its_side(finding):
-    "The change is larger than the noise in the frontal image, on the right side of it, and there is one in the lateral image, too."
-    for seed in (1, 2):
-        ill, well = sample_phantom(seed, [finding]), sample_phantom(seed, [])
-        assert replace(ill.anatomy, heart=0) == replace(well.anatomy, heart=0)
-        quiet = lambda p, view: draw(replace(p, anatomy=replace(p.anatomy, exposure=1e12)), view).astype(float)
-        change = abs(quiet(ill, "frontal") - quiet(well, "frontal"))
-        seen = change > 6
-        assert seen.sum() > 30 and change[seen].mean() > 3 * (draw(ill) - quiet(ill, "frontal"))[seen].std()
-        if finding.side: assert ((change.sum(0) @ np.arange(128)) / change.sum() > 64) == (finding.side == "left")
-        assert (abs(quiet(ill, "lateral") - quiet(well, "lateral")) > 6).sum() > 8
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("finding", ALL, ids=name_of)
+def test_finding_is_seen_on_its_side(finding, seed):
+    "The change is larger than the noise, on the right side, and in both views."
+    ill = sample_phantom(seed, [finding])
+    well = sample_phantom(seed, [])
+    assert replace(ill.anatomy, heart=0) == replace(well.anatomy, heart=0)
+    change = abs(noiseless(ill) - noiseless(well))
+    visible = change > 6
+    noise = (draw(ill) - noiseless(ill))[visible].std()
+    assert visible.sum() > 30
+    assert change[visible].mean() > 3 * noise
+    if finding.side:
+        centre = (change.sum(0) @ np.arange(128)) / change.sum()
+        assert (centre > 64) == (finding.side == "left")
+    assert (abs(noiseless(ill, "lateral") - noiseless(well, "lateral")) > 6).sum() > 8
 
 
 @pytest.mark.parametrize("size", [32, 97, 224, 384])
@@ -56,70 +115,148 @@ def test_any_size(view, size):
     with np.errstate(all="raise", under="ignore"):
         for seed in range(4):
             image = draw(sample_phantom(seed), view, size)
-            assert image.shape == (size, size) and image.dtype == np.uint8 and image.min() < 10 and image.max() > 180 and image.std() > 40
+            assert image.shape == (size, size)
+            assert image.dtype == np.uint8
+            assert image.min() < 10 and image.max() > 180
+            assert image.std() > 40
 
 
 @pytest.mark.parametrize("n", [2_000, pytest.param(20_000, marks=pytest.mark.full)])
 def test_round_trip(n):
     for seed in range(n):
-        p = sample_phantom((seed, 77))
-        assert parse_report(p.report) == p.findings, p.report
-        assert 15 <= len(p.report.split()) <= 70 and 2 <= p.report.count(".") <= 8
+        phantom = sample_phantom((seed, 77))
+        assert parse_report(phantom.report) == phantom.findings, phantom.report
+        assert 15 <= len(phantom.report.split()) <= 70
+        assert 2 <= phantom.report.count(".") <= 8
 
 
-def test_every_wording():
-    assert all(len(AFFIRM[t]) >= 4 for t in FINDINGS) and all(len(DENY) * len(NAMES[t]) + len(OWN_DENIAL[t]) >= 4 for t in FINDINGS)
-    for f in ALL:
-        for words in AFFIRM[f.type]: assert parse_report(words.format(s=f.side, p=f.place, z=f.size)) == (f,)
-    for t in FINDINGS:
-        for words in OWN_DENIAL[t] + tuple(d.format(n) for d in DENY for n in NAMES[t]): assert parse_report(words) == (), words
+def test_every_finding_has_four_wordings_and_four_denials():
+    for type in FINDINGS:
+        assert len(AFFIRM[type]) >= 4
+        assert len(DENY) * len(NAMES[type]) + len(OWN_DENIAL[type]) >= 4
+
+
+@pytest.mark.parametrize("finding", ALL, ids=name_of)
+def test_every_affirmation_is_read(finding):
+    for wording in AFFIRM[finding.type]:
+        text = wording.format(s=finding.side, p=finding.place, z=finding.size)
+        assert parse_report(text) == (finding,), text
+
+
+@pytest.mark.parametrize("type", FINDINGS)
+def test_every_denial_affirms_nothing(type):
+    denials = [wording.format(name) for wording in DENY for name in NAMES[type]]
+    for text in (*OWN_DENIAL[type], *denials):
+        assert parse_report(text) == (), text
+
+
+def test_denials_of_several_findings_affirm_nothing():
     for seed in range(300):
         rng = np.random.default_rng(seed)
-        assert parse_report(deny(list(rng.choice(FINDINGS, rng.integers(1, 4), replace=False)), rng)) == ()
+        types = list(rng.choice(FINDINGS, rng.integers(1, 4), replace=False))
+        assert parse_report(_deny(types, rng)) == ()
 
 
 def test_two_on_both_sides():
-    both = [Finding("nodule", s, "mid zone") for s in ("right", "left")] + [Finding("fracture", s) for s in ("left", "right")]
-    p = sample_phantom(1, both)
-    assert set(p.findings) == set(both) and parse_report(p.report) == p.findings and draw(p).std() > 40
-    assert parse_report(write_report(both, np.random.default_rng(1))) == p.findings
+    both = [
+        Finding("nodule", "right", "mid zone"),
+        Finding("nodule", "left", "mid zone"),
+        Finding("fracture", "left"),
+        Finding("fracture", "right"),
+    ]
+    phantom = sample_phantom(1, both)
+    assert set(phantom.findings) == set(both)
+    assert parse_report(phantom.report) == phantom.findings
+    assert draw(phantom).std() > 40
+    assert parse_report(write_report(both, np.random.default_rng(1))) == phantom.findings
 
 
-def test_odd_reports():
-    rng = np.random.default_rng(0)
-    words = sorted({w for s in range(300) for w in sample_phantom(s).report.split()}) + ["", ",", "NOT", "ünïcode", "\n", "left left"]
+def test_case_and_repetition_change_nothing():
     for seed in range(1_000):
         report = sample_phantom(seed).report
-        assert parse_report(report + " " + report) == parse_report(report.upper()) == parse_report(report)
+        assert parse_report(report + " " + report) == parse_report(report)
+        assert parse_report(report.upper()) == parse_report(report)
+
+
+def test_fewer_sentences_affirm_no_more():
+    rng = np.random.default_rng(0)
+    for seed in range(1_000):
+        report = sample_phantom(seed).report
         sentences = report.split(". ")
-        assert set(parse_report(". ".join(sentences[:rng.integers(len(sentences))]))) <= set(parse_report(report))
-        for odd in (report[:rng.integers(len(report))], " ".join(rng.choice(words, 40))):
-            for f in parse_report(odd):
-                assert f.type in FINDINGS and all(v is None or v in allowed_details(f.type, "right")[d] for d, v in vars(f).items() if d != "type")
+        part = ". ".join(sentences[: rng.integers(len(sentences))])
+        assert set(parse_report(part)) <= set(parse_report(report))
+
+
+def test_odd_reports_affirm_only_what_may_be():
+    rng = np.random.default_rng(0)
+    words = {word for seed in range(300) for word in sample_phantom(seed).report.split()}
+    words = sorted(words) + ["", ",", "NOT", "ünïcode", "\n", "left left"]
+    for seed in range(1_000):
+        report = sample_phantom(seed).report
+        cut = report[: rng.integers(len(report))]
+        for text in (cut, " ".join(rng.choice(words, 40))):
+            for finding in parse_report(text):
+                assert finding.type in FINDINGS
+                for detail, allowed in allowed_details(finding.type, "right").items():
+                    value = getattr(finding, detail)
+                    assert value is None or value in allowed
+
+
+def indicators(phantoms):
+    "(n, 12): 1 where a study has a finding of that type."
+    rows = []
+    for phantom in phantoms:
+        present = {finding.type for finding in phantom.findings}
+        rows.append([type in present for type in FINDINGS])
+    return np.array(rows, int)
 
 
 def test_scores_against_scikit_learn():
-    from sklearn.metrics import precision_recall_fscore_support
-    studies, guesses = ([sample_phantom((s, k)) for s in range(200)] for k in (1, 2))
-    guesses[:100] = studies[:100]
+    studies = [sample_phantom((seed, 1)) for seed in range(200)]
+    guesses = studies[:100] + [sample_phantom((seed, 2)) for seed in range(100, 200)]
     table = finding_scores([p.report for p in guesses], [p.findings for p in studies])
-    hot = lambda ps: np.array([[t in {f.type for f in p.findings} for t in FINDINGS] for p in ps], int)
-    for row, how in (("micro", "micro"), ("macro", "macro"), (list(FINDINGS), None)):
-        expected = precision_recall_fscore_support(hot(studies), hot(guesses), average=how, zero_division=0)[:3]
-        assert np.allclose(np.array(table.loc[row, ["precision", "recall", "f1"]], float).T, np.array(expected))
-    assert (table.support[list(FINDINGS)] == hot(studies).sum(0)).all() and (table.predicted[list(FINDINGS)] == hot(guesses).sum(0)).all()
+    drawn = indicators(studies)
+    guessed = indicators(guesses)
+    for rows, average in (("micro", "micro"), ("macro", "macro"), (list(FINDINGS), None)):
+        expected = precision_recall_fscore_support(
+            drawn, guessed, average=average, zero_division=0
+        )[:3]
+        scores = np.array(table.loc[rows, ["precision", "recall", "f1"]], float)
+        assert np.allclose(scores.T, np.array(expected))
+    assert (table.support[list(FINDINGS)] == drawn.sum(0)).all()
+    assert (table.predicted[list(FINDINGS)] == guessed.sum(0)).all()
 
 
-def test_scores_of_detail_and_of_nothing():
-    said, drawn = ["There is a left pneumothorax."], [[Finding("pneumothorax", "right")]]
-    assert finding_scores(said, drawn).loc["micro", "f1"] == 1 and finding_scores(said, drawn, detail=True).loc["micro", "f1"] == 0
+def test_scores_of_detail():
+    report = ["There is a left pneumothorax."]
+    drawn = [[Finding("pneumothorax", "right")]]
+    assert finding_scores(report, drawn).loc["micro", "f1"] == 1
+    assert finding_scores(report, drawn, detail=True).loc["micro", "f1"] == 0
+
+
+def test_scores_of_nothing_are_zero():
     assert (finding_scores([""], [[]]) == 0).all().all()
 
 
-@pytest.mark.parametrize("make, says", [
-    (lambda: sample_phantom(1, [Finding("gout")]), "'gout' is not a finding"), (lambda: sample_phantom(1, [Finding("nodule")]), "side must be"),
-    (lambda: sample_phantom(1, [Finding("consolidation", "left", "middle lobe")]), "place must be"),
-    (lambda: sample_phantom(1, [Finding("edema", "left")]), "side must be None"), (lambda: draw(sample_phantom(1), "oblique"), "view must be"),
-    (lambda: finding_scores(["a"], []), "1 reports for 0 studies")])
-def test_errors_name_the_mend(make, says):
-    with pytest.raises(ValueError, match=says): make()
+@pytest.mark.parametrize(
+    "finding, message",
+    [
+        (Finding("gout"), "'gout' is not a finding"),
+        (Finding("nodule"), "side must be"),
+        (Finding("consolidation", "left", "middle lobe"), "place must be"),
+        (Finding("edema", "left"), "side must be None"),
+    ],
+)
+def test_findings_that_cannot_be_drawn_are_refused(finding, message):
+    with pytest.raises(ValueError, match=message):
+        sample_phantom(1, [finding])
+
+
+def test_unknown_view_is_refused():
+    with pytest.raises(ValueError, match="view must be"):
+        draw(sample_phantom(1), "oblique")
+
+
+def test_reports_without_studies_are_refused():
+    with pytest.raises(ValueError, match="1 reports for 0 studies"):
+        finding_scores(["a"], [])
