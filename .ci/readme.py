@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb: nbconvert's Markdown, pictures beside the notebook. With --check, only say whether it is so."
+"Write README.md from nbs/index.ipynb, pictures beside the notebook; --check: only compare."
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"What all tests share: long ones run only when asked for, and real studies are used only where they are."
+"What all tests share: long ones run only when asked for, real studies where they are."
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"The project's own promises: requirements and pins agree, notebooks keep their form, nothing speaks of the machine it was made on."
+"The project's promises: requirements and pins agree, notebooks keep their form."
 
 import ast
 import json
@@ -79,10 +79,13 @@ def test_modules_import_only_what_is_below_them():
     ]
     assert len(order) >= 9
     for i, name in enumerate(order):
-        text = (root / "cvt2distilgpt2" / f"{name}.py").read_text()
-        used = set(re.findall(r"^from (?:cvt2distilgpt2)?\.(\w+) import", text, re.M)) | set(
-            re.findall(r"^from (?:cvt2distilgpt2|\.) import (\w+)$", text, re.M)
-        )
+        tree = ast.parse((root / "cvt2distilgpt2" / f"{name}.py").read_text())
+        used = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "") in ("", "cvt2distilgpt2"):
+                used |= {a.name for a in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                used.add(node.module)
         assert used - {"__version__"} <= set(order[:i]), f"{name} imports what is above it"
 
 
@@ -94,7 +97,7 @@ def test_exported_code_needs_no_development_tools():
 
 
 def most_lines(text: str) -> int:
-    "How many lines a code cell may have: a class that is one thing more than others, the model most."
+    "Tell how many lines a code cell may have: a class may have more, the model most."
     if re.search(r"^class CvT2DistilGPT2\(", text, re.M):
         return 180
     statements = ast.parse(re.sub(r"^[%!].*$", "pass", text, flags=re.M)).body
