@@ -388,6 +388,7 @@ class CvT2DistilGPT2(PreTrainedModel, GenerationMixin):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _keys_to_ignore_on_save = ["decoder.lm_head.weight"]  # it is the embedding, saved once
     _tokenizer = None  # a tokenizer, or where one is found
     searched = None  # who searched last: "own", or "transformers" and why
 

@@ -246,7 +246,8 @@ def check_task(task: Task) -> Task:  # the same
         if getattr(task, n) is not None and getattr(task, n) < 1
     ]
     if task.resize < task.image_size:
-        wrong.append(f"resize ({task.resize}) must not be below image_size ({task.image_size})")
+        sizes = f"resize ({task.resize}) must not be below image_size ({task.image_size})"
+        wrong.append(f"{sizes}: give both, such as resize={task.resize}, image_size={task.resize}")
     if task.max_length < 2:
         wrong.append(f"max_length must be at least 2 ([BOS] counts), not {task.max_length}")
     if task.profile != "raw" and not task.style:
@@ -273,7 +274,8 @@ def _task_by_path(path: Path) -> Task:
         name=_name_of(path),
         annotation=str(path / "annotation.json"),
         images=str(images),
-        source=f"the folder {path}",
+        source=f"files of your own, made ready by `python -m cvt2distilgpt2.prepare --task {path} "
+        "--source TABLE_OR_FOLDER`",
     )
 
 # %% ../nbs/00a_tasks.ipynb #00a-031b
@@ -497,7 +499,7 @@ def _check_entry(e: dict, split: str) -> list[tuple[str, str]]:
         what = f"'split' is {e.get('split')!r}, but it is listed under {split!r}"
         wrong.append((what, "Say which is meant."))
     views = e.get("views")
-    paths = e.get("image_path") or ()
+    paths = e["image_path"] if isinstance(e.get("image_path"), list) else ()
     if views is not None and (not _is_list_of(str, views) or len(views) != len(paths)):
         what = "'views' must name one view an image"
         wrong.append((what, 'Write ["frontal", "lateral"].'))

@@ -388,3 +388,11 @@ def test_parameters_are_what_their_cells_set(name):
 def test_outside_of_a_notebook_every_plain_value_counts():
     names = dict(task="demo", epoch=3, Path=Path, _x=1, json=json)
     assert set(notebook_parameters(names)) == {"task", "epoch"}
+
+
+@pytest.mark.parametrize("paths", [7, None, "a.png", {}])
+def test_entry_whose_paths_are_no_list_is_listed(paths, tmp_path):
+    entry = {"id": "a", "report": "Clear.", "image_path": paths, "views": ["frontal"]}
+    (tmp_path / "annotation.json").write_text(json.dumps({"train": [entry]}))
+    with pytest.raises(DataError, match="'image_path' must be a list of at least one path"):
+        read_annotation(tmp_path / "annotation.json")
