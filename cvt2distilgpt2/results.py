@@ -302,7 +302,7 @@ SAME = ("weights_sha256", "predictions_sha256", "data", "settings")
 
 
 def check_earlier(evaluation: Evaluation) -> None:
-    "Raise `ValueError` that lists what differs from an earlier test in the same folder; the code may."
+    "Raise `ValueError` that lists what differs from an earlier test there; the code may differ."
     path = evaluation.folder / "results.json"
     if not path.exists():
         return
