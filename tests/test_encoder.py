@@ -15,6 +15,7 @@ from cvt2distilgpt2.encoder import (
     CVT_CONFIGS,
     CvT,
     CvTConfig,
+    check_source,
     count_parameters,
     for_inference,
     from_hub_config,
@@ -208,6 +209,17 @@ def test_a_folder_without_weights(tmp_path):
 def test_a_file_that_does_not_exist():
     with pytest.raises(FileNotFoundError, match="CvT.pth does not exist"):
         load_cvt("CvT.pth")
+
+
+@pytest.mark.parametrize("source", ["microsoft/cvt-21-384-22k", "distilgpt2"])
+def test_what_may_be_a_name_on_the_hub_is_no_missing_file(source):
+    check_source(source)
+
+
+@pytest.mark.parametrize("source", ["owner/CvT.pth", "./no/such/folder", "/no/such", "a b"])
+def test_what_cannot_be_a_name_on_the_hub_must_exist(source):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        check_source(source)
 
 
 def test_a_file_of_unknown_sizes(tmp_path):
