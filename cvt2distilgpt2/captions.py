@@ -21,61 +21,101 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from .images import _is_dicom, view_name, view_of
-from .tasks import SPLITS, DataError, Problem, RawData, Study, across_studies, is_inside, load_json, read_annotation
+from cvt2distilgpt2.tasks import (
+    SPLITS,
+    DataError,
+    Problem,
+    RawData,
+    Study,
+    across_studies,
+    is_inside,
+    load_json,
+    read_annotation,
+)
 
 # %% ../nbs/00bd_captions.ipynb #00bd-012
-SPLIT_NAMES = {**dict.fromkeys(("train", "training", "restval"), "train"), # restval: what Karpathy added to COCO's training images
-               **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
-               **dict.fromkeys(("test", "testing"), "test")}
+SPLIT_NAMES = {  # Karpathy adds "restval" to COCO's training images
+    **dict.fromkeys(("train", "training", "restval"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
 
 def drawn_split(
-    name: str,     # of the patient or, where none is known, of the study
-    seed: int = 0, # another one makes another split
-) -> str:          # "train" (80 %), "val" (10 %) or "test" (10 %)
+    name: str,  # of the patient or, where none is known, of the study
+    seed: int = 0,  # another one makes another split
+) -> str:  # "train" (80 %), "val" (10 %) or "test" (10 %)
     "Draw a split that depends on `name` and `seed` alone."
     digest = hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogateescape")).digest()
-    tenth = int.from_bytes(digest[:8])*10 >> 64
-    return "train" if tenth < 8 else "val" if tenth < 9 else "test"
+    tenth = int.from_bytes(digest[:8]) * 10 >> 64
+    if tenth < 8:
+        return "train"
+    return "val" if tenth < 9 else "test"
 
 # %% ../nbs/00bd_captions.ipynb #00bd-017
-def _text_faults(text) -> list[tuple[str, str]]: # (what, mend)
+def _text_faults(text) -> list[tuple[str, str]]:  # (what, mend)
     "Say why `text` cannot serve as a report, if it cannot."
-    if not isinstance(text, str): return [(f"the text is {type(text).__name__}, not text", "Make it a string.")]
-    if not text.strip(): return [("empty text", "Give its text, or remove the entry.")]
+    if not isinstance(text, str):
+        return [(f"the text is {type(text).__name__}, not text", "Make it a string.")]
+    if not text.strip():
+        return [("empty text", "Give its text, or remove the entry.")]
     if half := re.search("[\ud800-\udfff]", text):
-        return [(f"not UTF-8 (line {text.count(chr(10), 0, half.start()) + 1} of the text)", "Save it as UTF-8.")]
+        line = text.count("\n", 0, half.start()) + 1
+        return [(f"not UTF-8 (line {line} of the text)", "Save it as UTF-8.")]
     return []
 
+
 def _path_faults(path: str, folder: Path) -> list[tuple[str, str]]:
-    "Say why `path` is no image file within `folder`, if it is none; its pixels are looked at later."
-    if re.search("[\ud800-\udfff]", path): return [("the file's name is not UTF-8", "Rename it.")]
-    if not is_inside(path): return [(f"image path {path!r} leads out of {folder}", "Paths are relative to that folder, and stay in it.")]
-    if not os.path.isfile(folder/path): return [(f"image {path!r} is missing", f"Fetch it into {folder}, or correct its path.")]
+    "Say why `path` is no image file within `folder`, if it is none; pixels are looked at later."
+    if re.search("[\ud800-\udfff]", path):
+        return [("the file's name is not UTF-8", "Rename it.")]
+    if not is_inside(path):
+        what = f"image path {path!r} leads out of {folder}"
+        return [(what, "Paths are relative to that folder, and stay in it.")]
+    if not os.path.isfile(folder / path):
+        return [(f"image {path!r} is missing", f"Fetch it into {folder}, or correct its path.")]
     return []
 
 # %% ../nbs/00bd_captions.ipynb #00bd-020
-def _faults(study: Study, folder: Path) -> list[tuple[str, str]]: # (what, mend)
+def _faults(study: Study, folder: Path) -> list[tuple[str, str]]:  # (what, mend)
     "Say all that is wrong with a candidate, taken alone."
     wrong = [fault for text in study.references for fault in _text_faults(text)]
     wrong += [fault for path in study.image_path for fault in _path_faults(path, folder)]
+
     def want(ok, what, mend):
-        if not ok: wrong.append((what, mend))
-    want(study.id.strip() and not re.search("[\ud800-\udfff]", study.id), "no id, or one that is not UTF-8", "Give every study an id of its own.")
+        if not ok:
+            wrong.append((what, mend))
+
+    want(
+        study.id.strip() and not re.search("[\ud800-\udfff]", study.id),
+        "no id, or one that is not UTF-8",
+        "Give every study an id of its own.",
+    )
     want(study.image_path, "no image", "Name at least one.")
-    want(len(set(study.image_path)) == len(study.image_path), "one image is named twice", "Name it once.")
-    want(study.split in SPLITS, f"unknown split {study.split!r}" if study.split else "no split", f"Choose from {', '.join(SPLITS)}.")
-    want(study.views is None or len(study.views) == len(study.image_path), f"{len(study.views or ())} views for {len(study.image_path)} images",
-         "Name one view an image, or none.")
+    want(
+        len(set(study.image_path)) == len(study.image_path),
+        "one image is named twice",
+        "Name it once.",
+    )
+    want(
+        study.split in SPLITS,
+        f"unknown split {study.split!r}" if study.split else "no split",
+        f"Choose from {', '.join(SPLITS)}.",
+    )
+    want(
+        study.views is None or len(study.views) == len(study.image_path),
+        f"{len(study.views or ())} views for {len(study.image_path)} images",
+        "Name one view an image, or none.",
+    )
     return wrong
 
 # %% ../nbs/00bd_captions.ipynb #00bd-022
 DICOM = (".dcm", ".dicom")
-IMAGES = { # in small letters
-    ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm", *DICOM}
+# in small letters
+IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm", *DICOM}
 
-def is_image_file(
-    path: Path,
-) -> bool:
+
+def is_image_file(path: Path) -> bool:
     "Tell whether a file is an image by its suffix or, without a known one, by its first bytes."
     if path.suffix.lower() in IMAGES:
         return True
@@ -87,7 +127,7 @@ def is_image_file(
         return False
 
 # %% ../nbs/00bd_captions.ipynb #00bd-022c
-def _view(path: Path) -> str: # "frontal", "lateral", or "" where it is not known
+def _view(path: Path) -> str:  # "frontal", "lateral", or "" where it is not known
     "Read the view of an image, if it is a DICOM file."
     if path.suffix.lower() in IMAGES.difference(DICOM):
         return ""
@@ -96,50 +136,73 @@ def _view(path: Path) -> str: # "frontal", "lateral", or "" where it is not know
     except DataError:
         return ""
 
+
 def _with_views(study: Study, folder: Path) -> Study:
     "Add the views of DICOM files where none were given."
-    views = () if study.views else tuple(_view(folder/p) for p in study.image_path)
+    views = () if study.views else tuple(_view(folder / p) for p in study.image_path)
     return replace(study, views=views) if any(views) else study
 
 # %% ../nbs/00bd_captions.ipynb #00bd-025
-def _with_split(found: list[tuple[Study, str]], seed: int, counts: Counter) -> list[tuple[Study, str]]:
+def _with_split(
+    found: list[tuple[Study, str]], seed: int, counts: Counter
+) -> list[tuple[Study, str]]:
     "Draw a split where no candidate has one."
-    if any(s.split for s, _ in found): return found
+    if any(s.split for s, _ in found):
+        return found
     counts[f"split by this project (80/10/10, seed {seed})"] = len(found)
     return [(replace(s, split=drawn_split(s.patient or s.id, seed)), place) for s, place in found]
+
 
 def _shown(text: str) -> str:
     "Write halves of characters as question marks, which can be printed and saved."
     return text.encode("utf-8", "replace").decode()
 
+
 def _raw_data(
-    found: list[tuple[Study, str]], # candidates, each with the file, or file:line, where it stands
-    folder: Path,                   # that image paths are relative to
-    source: Path,                   # the file or folder that was read
-    problems: list[Problem],        # met on the way
+    found: list[tuple[Study, str]],  # candidates, each with the file, or file:line, where it stands
+    folder: Path,  # that image paths are relative to
+    source: Path,  # the file or folder that was read
+    problems: list[Problem],  # met on the way
     counts: Counter,
 ) -> RawData:
     "Part whole studies from faulty ones; raises `DataError` where nothing was found."
-    if not found: raise DataError(problems or [Problem("", str(source), "holds no image with a text", "See the forms that are read.")])
+    if not found:
+        what, mend = "holds no image with a text", "See the forms that are read."
+        raise DataError(problems or [Problem("", str(source), what, mend)])
     kept = across_studies([s for s, _ in found if s.split in SPLITS], str(source), problems)
-    faulty = [Problem(s.id, place, what, mend) for s, place in found for what, mend in _faults(s, folder)]
+    faulty = [
+        Problem(s.id, place, what, mend) for s, place in found for what, mend in _faults(s, folder)
+    ]
     bad = {p.id for p in faulty}
     shown = [Problem(*map(_shown, (p.id, p.path, p.what, p.mend))) for p in problems + faulty]
-    return RawData([_with_views(s, folder) for s in kept if s.id not in bad], folder, shown, dict(counts))
+    whole = [_with_views(s, folder) for s in kept if s.id not in bad]
+    return RawData(whole, folder, shown, dict(counts))
 
 # %% ../nbs/00bd_captions.ipynb #00bd-029
-def _objects(raw: dict, name: str, path: Path, problems: list[Problem]) -> list[dict]:
-    "Return the objects in the list `raw[name]`; adds to `problems` what else stands there, raises `DataError` where it is no list."
+def _objects(
+    raw: dict,
+    name: str,  # of the list
+    path: Path,  # of the file
+    problems: list[Problem],  # to which entries that are no objects are added
+) -> list[dict]:
+    "Return the objects in the list `raw[name]`; raises `DataError` where it is no list."
     listed = raw.get(name) if isinstance(raw, dict) else None
     if not isinstance(listed, list):
-        raise DataError([Problem("", str(path), f"has no list of {name!r}", 'The form is {"images": [...], "annotations": [...]}.')])
-    problems += [Problem(f"{name}[{i}]", str(path), "is not an object", "Remove or mend it.") for i, e in enumerate(listed) if not isinstance(e, dict)]
+        mend = 'The form is {"images": [...], "annotations": [...]}.'
+        raise DataError([Problem("", str(path), f"has no list of {name!r}", mend)])
+    problems += [
+        Problem(f"{name}[{i}]", str(path), "is not an object", "Remove or mend it.")
+        for i, e in enumerate(listed)
+        if not isinstance(e, dict)
+    ]
     return [e for e in listed if isinstance(e, dict)]
 
+
 def _image_id(image: dict) -> str:
-    "Return the id of an image of either form; \"\" where it has none."
+    'Return the id of an image of either form; "" where it has none.'
     found = next((image[n] for n in ("id", "cocoid", "imgid") if n in image), None)
     return str(found).strip() if type(found) in (int, str) else ""
+
 
 def _image_file(image: dict) -> tuple[str, ...]:
     "Return the path of an image of either form, in a tuple; an empty one where it has none."
@@ -148,23 +211,36 @@ def _image_file(image: dict) -> tuple[str, ...]:
     return (path,) if path else ()
 
 # %% ../nbs/00bd_captions.ipynb #00bd-031
-def _captions(raw: dict, images: list[dict], path: Path, problems: list[Problem]) -> dict[str, list]: # image's id: its captions
-    "Collect captions from beside the images and from within them; adds to `problems` those of unknown images and those listed twice."
-    captions, seen = {_image_id(i): [] for i in images}, set()
+def _captions(
+    raw: dict,
+    images: list[dict],
+    path: Path,
+    problems: list[Problem],  # to which captions of unknown images, or listed twice, are added
+) -> dict[str, list]:  # image's id: its captions
+    "Collect captions from beside the images and from within them."
+    captions = {_image_id(i): [] for i in images}
+    seen = set()
     for i in images:
-        if "sentences" in i: captions[_image_id(i)] += [s.get("raw") for s in _objects(i, "sentences", path, problems)]
+        if "sentences" in i:
+            sentences = _objects(i, "sentences", path, problems)
+            captions[_image_id(i)] += [s.get("raw") for s in sentences]
     for c in _objects(raw, "annotations", path, problems) if "annotations" in raw else ():
         image, name = str(c.get("image_id")), str(c.get("id"))
         if image not in captions:
-            problems.append(Problem(image, str(path), f"caption {name} is of an image that the file does not list", "List the image, or remove the caption."))
+            what = f"caption {name} is of an image that the file does not list"
+            mend = "List the image, or remove the caption."
+            problems.append(Problem(image, str(path), what, mend))
         elif "id" in c and name in seen:
-            problems.append(Problem(image, str(path), f"caption {name} is listed twice", "Give it an id of its own, or list it once."))
-        else: captions[image].append(c.get("caption"))
+            mend = "Give it an id of its own, or list it once."
+            problems.append(Problem(image, str(path), f"caption {name} is listed twice", mend))
+        else:
+            captions[image].append(c.get("caption"))
         seen.add(name)
     return captions
 
+
 def _file_split(path: Path) -> str:
-    "Return the split that a file's name speaks of; \"\" where it speaks of none, or of several."
+    'Return the split that a file\'s name speaks of; "" where it speaks of none, or of several.'
     said = {SPLIT_NAMES[w] for w in re.findall("[a-z]+", path.stem.lower()) if w in SPLIT_NAMES}
     return said.pop() if len(said) == 1 else ""
 
@@ -173,39 +249,66 @@ def _strip(text):
     "Take white space off both ends of `text`, if it is text."
     return text.strip() if isinstance(text, str) else text
 
-def _coco_studies(path: Path, folder: Path, split: str | None, problems: list[Problem], counts: Counter) -> list[Study]:
-    "Read one file's candidates; where an image names no split of its own, it has the file's. Raises `DataError` where it cannot be read."
-    raw, part = load_json(path), path.stem.removeprefix("captions_")
+
+def _coco_studies(
+    path: Path,
+    folder: Path,  # of the images
+    split: str | None,  # of images that name none; "": the file's name does not say it
+    problems: list[Problem],
+    counts: Counter,
+) -> list[Study]:
+    "Read the candidates of one file; raises `DataError` where it cannot be read."
+    raw = load_json(path)
+    part = path.stem.removeprefix("captions_")
     images = _objects(raw, "images", path, problems)
     if split == "" and not all("split" in i for i in images):
-        raise DataError([Problem("", str(path), "its name does not say which split it is", "Write train, val or test into it.")])
+        what = "its name does not say which split it is"
+        raise DataError([Problem("", str(path), what, "Write train, val or test into it.")])
     captions = _captions(raw, images, path, problems)
-    within, studies = f"{part}/" if (folder/part).is_dir() else "", []
+    within = f"{part}/" if (folder / part).is_dir() else ""
+    studies = []
     for image in images:
-        name, said, texts = _image_id(image), str(image.get("split", split or "")), tuple(map(_strip, captions[_image_id(image)]))
-        counts.update({"images": 1, "images without captions (left out)": not texts, "captions": len(texts)})
+        name = _image_id(image)
+        said = str(image.get("split", split or ""))
+        texts = tuple(map(_strip, captions[name]))
+        counts.update(
+            {"images": 1, "images without captions (left out)": not texts, "captions": len(texts)}
+        )
         paths = tuple(within + p for p in _image_file(image))
-        if texts: studies.append(Study(name, texts[0], paths, SPLIT_NAMES.get(said, said), texts if len(texts) > 1 else None))
+        references = texts if len(texts) > 1 else None
+        if texts:
+            studies.append(Study(name, texts[0], paths, SPLIT_NAMES.get(said, said), references))
     return studies
 
 # %% ../nbs/00bd_captions.ipynb #00bd-035
 def _need_folder(folder: Path) -> None:
     "Raise `DataError` if `folder` is none."
-    if not folder.is_dir(): raise DataError([Problem("", str(folder), "there is no such folder", "Correct its path.")])
+    if not folder.is_dir():
+        raise DataError([Problem("", str(folder), "there is no such folder", "Correct its path.")])
+
 
 def read_captions(
-    annotations: str | Path | Iterable[str | Path], # `captions_train2017.json` and its like, whose names tell the split; or one file alone
-    images: str | Path, # their folder; those of `captions_NAME.json` may lie in its sub-folder NAME
-    seed: int = 0,      # of the split that is drawn where one file alone brings none
-) -> RawData:           # a study an image: `report` is its first caption, `reports` all, where there are several
-    "Read COCO-style caption files, or one of Karpathy's; raises `DataError` where nothing can be read."
-    paths = [Path(p) for p in ([annotations] if isinstance(annotations, str | Path) else annotations)]
-    folder, found, problems, counts = Path(images), [], [], Counter()
+    annotations: str | Path | Iterable[str | Path],  # files whose names tell the split, or one file
+    images: str
+    | Path,  # their folder; those of `captions_NAME.json` may lie in its sub-folder NAME
+    seed: int = 0,  # of the split that is drawn where one file alone brings none
+) -> RawData:  # a study an image; its first caption is `report`, all of several are `reports`
+    "Read COCO-style files or one of Karpathy's; raises `DataError` where nothing can be read."
+    one = isinstance(annotations, str | Path)
+    paths = [Path(p) for p in ([annotations] if one else annotations)]
+    folder = Path(images)
+    found = []
+    problems = []
+    counts = Counter()
     _need_folder(folder)
     for path in paths:
-        try: studies = _coco_studies(path, folder, _file_split(path) if len(paths) > 1 else None, problems, counts)
-        except DataError as e: problems += e.problems
-        else: found += [(s, str(path)) for s in studies]
+        split = _file_split(path) if len(paths) > 1 else None
+        try:
+            studies = _coco_studies(path, folder, split, problems, counts)
+        except DataError as e:
+            problems += e.problems
+        else:
+            found += [(s, str(path)) for s in studies]
     return _raw_data(_with_split(found, seed, counts), folder, folder, problems, counts)
 
 # %% ../nbs/00bd_captions.ipynb #00bd-042
@@ -312,12 +415,21 @@ def _cut_empty(cells: list[str], width: int) -> list[str]:
     "Leave out the empty cells behind the header's, which delimiters at the end of a row make."
     return cells if any(cell.strip() for cell in cells[width:]) else cells[:width]
 
+# %% ../nbs/00bd_captions.ipynb #00bd-046c
+def _read_bytes(path: Path) -> str:
+    "Read a text; bytes that are not UTF-8 become halves of characters. Raises `DataError`."
+    try:
+        return path.read_bytes().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
+    except OSError as e:
+        what, mend = f"cannot be read ({e.strerror})", "Check that it is a file and may be read."
+        raise DataError([Problem("", str(path), what, mend)]) from e
+
 
 def read_rows(
     path: str | Path,  # .csv, .tsv, .txt, .jsonl or .json, UTF-8
     suits: Callable[[list[str]], bool],  # has a header the columns that are needed?
 ) -> tuple[list[str], list[tuple[int, list[str]]]]:  # header; rows with the line of each
-    "Read a table as text; where no delimiter suits, the one of the longest header is taken. Raises `DataError`."
+    "Read a table as text; raises `DataError` where it cannot be read."
     path = Path(path)
     text = _read_bytes(path)
     if path.suffix.lower() in (".json", ".jsonl"):
@@ -327,6 +439,7 @@ def read_rows(
         raise DataError([Problem("", f"{path}:1", *fault) for fault in wrong])
     headers = {d: next(csv.reader([head], delimiter=d), []) for d in DELIMITERS}
     suitable = [d for d, header in headers.items() if suits(header)]
+    # where none suits, the error shows the header that this one makes
     longest = max(headers, key=lambda d: len(headers[d]))
     delimiter = suitable[0] if suitable else longest
     (_, header), *rows = _delimited_rows(path, text, delimiter)
@@ -366,7 +479,7 @@ def _within(path: str, folder: Path) -> str:  # with "/" between its parts
 
 
 def _parts(cell: str, between: str = "[;|]") -> list[str]:
-    "Split a cell that holds several values: a list as JSON or Python writes it, or parts between signs."
+    "Split a cell of several values: a list of JSON or Python, or parts between signs."
     cell = cell.strip()
     if cell.startswith("[") and cell.endswith("]"):
         for read in (json.loads, ast.literal_eval):
@@ -402,40 +515,48 @@ def _row_study(
     return Study(name, texts[0], images, split, references, one("patient") or None, views)
 
 # %% ../nbs/00bd_captions.ipynb #00bd-053
-def _merged(rows: list[Study]) -> Study | None: # None: they do not belong together
+def _merged(rows: list[Study]) -> Study | None:  # None: they do not belong together
     "Make one study of rows with the same id."
     first = rows[0]
     texts = tuple(t for r in rows for t in r.references)
-    about = {(r.split, r.patient) for r in rows}
-    if len(about) == 1 and len({(r.image_path, r.views) for r in rows}) == 1:
+    if len({(r.split, r.patient) for r in rows}) > 1:
+        return None
+    if len({(r.image_path, r.views) for r in rows}) == 1:
         return replace(first, reports=texts if len(texts) > 1 else None)
-    if len(about) == 1 and len({(r.report, r.reports) for r in rows}) == 1:
-        views = tuple(v for r in rows for v in r.views or [""]*len(r.image_path))
-        return replace(first, image_path=tuple(p for r in rows for p in r.image_path), views=views if any(views) else None)
+    if len({(r.report, r.reports) for r in rows}) == 1:
+        paths = tuple(p for r in rows for p in r.image_path)
+        views = tuple(v for r in rows for v in r.views or [""] * len(r.image_path))
+        return replace(first, image_path=paths, views=views if any(views) else None)
+    return None
 
-def _group_rows(rows: list[tuple[Study, str]], problems: list[Problem], counts: Counter) -> list[tuple[Study, str]]:
-    "Merge the rows of each id; adds to `problems` ids whose rows do not fit, counts rows that are written twice."
-    places, groups = dict(reversed(rows)), defaultdict(dict) # of equal rows the first
-    for study, _ in rows: groups[study.id][study] = places[study]
+
+def _group_rows(
+    rows: list[tuple[Study, str]],  # each with its line
+    problems: list[Problem],  # to which ids whose rows do not fit are added
+    counts: Counter,  # in which rows that are written twice are counted
+) -> list[tuple[Study, str]]:
+    "Merge the rows of each id."
+    places = dict(reversed(rows))  # of equal rows the first
+    groups = defaultdict(dict)
+    for study, _ in rows:
+        groups[study.id][study] = places[study]
     counts["rows written twice (read once)"] += len(rows) - len(places)
     found = []
     for name, group in groups.items():
-        lines, study = list(group.values()), _merged(list(group))
-        if study: found.append((study, lines[0]))
-        else: problems.append(Problem(name, lines[0], f"other rows of this id differ in image and text, or in split or patient: {', '.join(lines[1:])}",
-                                      "Give each study an id of its own; rows of one study have the same images, or the same text."))
+        lines = list(group.values())
+        if study := _merged(list(group)):
+            found.append((study, lines[0]))
+            continue
+        what = "other rows of this id differ in image and text, or in split or patient: "
+        what += ", ".join(lines[1:])
+        mend = (
+            "Give each study an id of its own; rows of one study have the same images, "
+            "or the same text."
+        )
+        problems.append(Problem(name, lines[0], what, mend))
     return found
 
 # %% ../nbs/00bd_captions.ipynb #00bd-056
-def _read_bytes(path: Path) -> str:
-    "Read a text; bytes that are not UTF-8 become halves of characters. Raises `DataError`."
-    try:
-        return path.read_bytes().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
-    except OSError as e:
-        what, mend = f"cannot be read ({e.strerror})", "Check that it is a file and may be read."
-        raise DataError([Problem("", str(path), what, mend)]) from e
-
-
 def table_studies(
     path: Path,
     chosen: dict[str, str],  # role: name of its column
@@ -467,7 +588,7 @@ def table_studies(
 
 
 def _images_folder(beside: Path, rows: list[list[str]], columns: list[int]) -> Path:
-    "Find the folder that image paths count from by the first image: the table's, or `images` in it."
+    "Find by the first image where paths count from: the table's folder, or `images` in it."
     first = next((p for cells in rows for i in columns for p in _parts(cells[i])), None)
     places = [beside, beside / "images", beside / "Images"]
     return next((p for p in places if first and is_inside(first) and (p / first).is_file()), beside)
@@ -490,14 +611,14 @@ def split_of_path(path: Path, source: Path) -> str:
     "Return the split that a table's name, or its folder's within `source`, speaks of."
     return _file_split(path) or _file_split(Path(path.parent.relative_to(source).as_posix()))
 
-
+# %% ../nbs/00bd_captions.ipynb #00bd-057a
 def read_table(
     table: str | Path | list[Path],  # one, or several, whose names or folders tell the split
     images: str | Path | None = None,  # folder that paths count from; None: the table's own
     columns: dict[str, str] | None = None,  # role: its column, where it is not a known one
     seed: int = 0,  # of the split that is drawn where one table has no split column
 ) -> RawData:
-    "Read tables of images and texts; raises `DataError`, `ValueError` for an unknown role in `columns`."
+    "Read tables of images and texts; raises `DataError`, or `ValueError` for an unknown role."
     tables = [Path(table)] if isinstance(table, (str, Path)) else [Path(t) for t in table]
     chosen = columns or {}
     if unknown := chosen.keys() - COLUMNS:
@@ -524,8 +645,8 @@ def read_table(
 # %% ../nbs/00bd_captions.ipynb #00bd-062b
 def folder_files(
     folder: Path,
-    denied: Callable[[OSError], None] | None = None, # is told of folders that may not be entered
-) -> Iterator[tuple[Path, list[str]]]: # a sub-folder, and the names of the files in it, sorted
+    denied: Callable[[OSError], None] | None = None,  # is told of folders that may not be entered
+) -> Iterator[tuple[Path, list[str]]]:  # a sub-folder, and the names of the files in it, sorted
     "Walk through a folder and those below it, also behind links, each once; not into hidden ones."
     entered = set()
     waiting = [folder]
@@ -548,12 +669,14 @@ def _is_text(name: str) -> bool:
     "Tell whether a file's name is that of a text."
     return name.lower().endswith(".txt")
 
+
 def _walk(
     folder: Path,
-    problems: list[Problem], # to which folders that cannot be entered are added
-    counts: Counter,         # in which hidden and other files are counted
-) -> dict[str, list[str]]:   # sub-folder ("" for `folder`): its images and texts
+    problems: list[Problem],  # to which folders that cannot be entered are added
+    counts: Counter,  # in which hidden and other files are counted
+) -> dict[str, list[str]]:  # sub-folder ("" for `folder`): its images and texts
     "List the images and texts of all sub-folders."
+
     def denied(e):
         what = f"cannot be entered ({e.strerror})"
         problems.append(Problem("", str(e.filename), what, "Check that it may be read."))
@@ -561,7 +684,7 @@ def _walk(
     listed = {}
     for place, names in folder_files(folder, denied):
         shown = [n for n in names if not n.startswith(".")]
-        known = [n for n in shown if _is_text(n) or is_image_file(place/n)]
+        known = [n for n in shown if _is_text(n) or is_image_file(place / n)]
         counts["other files (left out)"] += len(names) - len(known)
         part = place.relative_to(folder).as_posix()
         if known:
@@ -574,10 +697,11 @@ def _stem(name: str) -> str:
     known = _is_text(name) or Path(name).suffix.lower() in IMAGES
     return Path(name).stem if known else name
 
+
 def _pairs(
-    names: list[str], # of the images and texts of one folder
-    top: bool,        # a text of another name belongs to no image here
-) -> tuple[dict[str, list[str]], list[str]]: # text: its images; what has no partner
+    names: list[str],  # of the images and texts of one folder
+    top: bool,  # a text of another name belongs to no image here
+) -> tuple[dict[str, list[str]], list[str]]:  # text: its images; what has no partner
     "Pair texts and images by name or, below the `top`, all images with the one text."
     texts = [n for n in names if _is_text(n)]
     images = [n for n in names if not _is_text(n)]
@@ -589,14 +713,17 @@ def _pairs(
     return pairs, [n for n in names if n not in paired]
 
 # %% ../nbs/00bd_captions.ipynb #00bd-066
-MEND_PAIR = ('Give image and text the same name ("a.png", "a.txt"), '
-             "or each study a sub-folder with its images and one text.")
+MEND_PAIR = (
+    'Give image and text the same name ("a.png", "a.txt"), '
+    "or each study a sub-folder with its images and one text."
+)
+
 
 def _folder_studies(
     folder: Path,
-    problems: list[Problem], # to which images and texts without a partner are added
+    problems: list[Problem],  # to which images and texts without a partner are added
     counts: Counter,
-) -> list[tuple[Study, str]]: # each with its text's path
+) -> list[tuple[Study, str]]:  # each with its text's path
     "Find the candidates of a folder."
     found = []
     places = _walk(folder, problems, counts)
@@ -608,7 +735,7 @@ def _folder_studies(
         for name in alone:
             what = f"{'text' if _is_text(name) else 'image'} without a partner"
             id = Path(place, _stem(name)).as_posix()
-            problems.append(Problem(id, str(folder/place/name), what, MEND_PAIR))
+            problems.append(Problem(id, str(folder / place / name), what, MEND_PAIR))
         for text, images in pairs.items():
             counts.update({"texts": 1, "images": len(images)})
             found += _paired_study(folder, place, text, images, split, problems)
@@ -617,14 +744,14 @@ def _folder_studies(
 # %% ../nbs/00bd_captions.ipynb #00bd-066a
 def _paired_study(
     folder: Path,
-    place: str,              # the sub-folder
-    text: str,               # name of the text
-    images: list[str],       # names of its images
-    split: str,              # "" where the folders' names do not say
-    problems: list[Problem], # to which a text that cannot be read is added
-) -> list[tuple[Study, str]]: # one with its text's path, or none
+    place: str,  # the sub-folder
+    text: str,  # name of the text
+    images: list[str],  # names of its images
+    split: str,  # "" where the folders' names do not say
+    problems: list[Problem],  # to which a text that cannot be read is added
+) -> list[tuple[Study, str]]:  # one with its text's path, or none
     "Make the candidate of a text and its images."
-    path = folder/place/text
+    path = folder / place / text
     same_name = _stem(text) == _stem(images[0])
     name = Path(place, _stem(text)).as_posix() if same_name else place
     try:
@@ -637,15 +764,17 @@ def _paired_study(
 
 # %% ../nbs/00bd_captions.ipynb #00bd-066c
 def read_listed(
-    annotation: str | Path,           # `{"train": [...], "val": [...], "test": [...]}`, or less
-    images: str | Path | None = None, # that paths count from; None: `images/`, or the file's folder
+    annotation: str | Path,  # `{"train": [...], "val": [...], "test": [...]}`, or less
+    images: str
+    | Path
+    | None = None,  # where paths count from; None: `images/` or the file's folder
 ) -> RawData:
     "Read a file of studies in Chen et al.'s form; raises `DataError` where it cannot be read."
     path = Path(annotation)
     problems = []
     studies = [s for part in read_annotation(path, problems).values() for s in part]
     counts = Counter(entries=len(studies) + len(problems))
-    beside = path.parent/"images"
+    beside = path.parent / "images"
     folder = beside if beside.is_dir() else path.parent
     if images is not None:
         folder = Path(images)
@@ -654,14 +783,14 @@ def read_listed(
 
 # %% ../nbs/00bd_captions.ipynb #00bd-067
 def read_folder(
-    folder: str | Path, # of images and texts; or of an `annotation.json` and its images
-    seed: int = 0,      # of the split that is drawn where no sub-folder is named after one
+    folder: str | Path,  # of images and texts; or of an `annotation.json` and its images
+    seed: int = 0,  # of the split that is drawn where no sub-folder is named after one
 ) -> RawData:
     "Read images that lie beside their texts; raises `DataError` where there are none."
     folder = Path(folder)
     _need_folder(folder)
-    if (folder/"annotation.json").is_file():
-        return read_listed(folder/"annotation.json")
+    if (folder / "annotation.json").is_file():
+        return read_listed(folder / "annotation.json")
     problems = []
     counts = Counter()
     found = _with_split(_folder_studies(folder, problems, counts), seed, counts)

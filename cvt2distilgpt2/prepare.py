@@ -33,20 +33,41 @@ from tqdm import tqdm
 # %% ../nbs/00c_prepare.ipynb #00c-003
 from . import phantom
 from .cache import ImageCache, build_cache, verify_cache
-from .captions import (drawn_split, folder_files, named_columns, read_captions, read_folder,
-                                     read_listed, read_table, split_of_path)
+from cvt2distilgpt2.captions import (
+    drawn_split,
+    folder_files,
+    named_columns,
+    read_captions,
+    read_folder,
+    read_listed,
+    read_table,
+    split_of_path,
+)
 from .images import open_visible, read_size
 from .iu import KAGGLE_IMAGES, KAGGLE_REPORTS, download_openi, read_iu
 from .mimic import ABOVE, read_mimic
-from .tasks import (SPLITS, DataError, Problem, RawData, Study, Task, across_studies,
-                                  by_split, get_task, load_json, open_task, project_root,
-                                  read_annotation, write_annotation)
+from cvt2distilgpt2.tasks import (
+    SPLITS,
+    DataError,
+    Problem,
+    RawData,
+    Study,
+    Task,
+    across_studies,
+    by_split,
+    get_task,
+    load_json,
+    open_task,
+    project_root,
+    read_annotation,
+    write_annotation,
+)
 
 # %% ../nbs/00c_prepare.ipynb #00c-008
 def write_problems(
     problems: list[Problem],
-    path: Path, # of the CSV file to make
-) -> Path: # the same path
+    path: Path,  # of the CSV file to make
+) -> Path:  # the same path
     "Write problems as a table of id, path, what is wrong and the mend."
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -58,11 +79,11 @@ def write_problems(
 
 # %% ../nbs/00c_prepare.ipynb #00c-009
 def settle(
-    studies: list[Study],    # of all splits
-    problems: list[Problem], # of these studies, and of others that are left out already
-    on_problem: str,         # "stop" or "skip"
-    path: Path,              # of the table of problems
-) -> dict[str, list[Study]]: # the studies without a problem, by split
+    studies: list[Study],  # of all splits
+    problems: list[Problem],  # of these studies, and of others that are left out already
+    on_problem: str,  # "stop" or "skip"
+    path: Path,  # of the table of problems
+) -> dict[str, list[Study]]:  # the studies without a problem, by split
     "List problems in a file, and stop (`DataError`) or leave out the studies, but not all of them."
     if problems:
         write_problems(problems, path)
@@ -77,100 +98,136 @@ def settle(
         nothing = Problem("", "", "no study is left", mend)
         raise DataError([nothing, *problems], path if problems else None)
     if problems:
-        warnings.warn(f"{len(problems):,} problems: going on with {len(good):,} studies without "
-                      f"them. The problems are listed in {path}", stacklevel=2)
+        warnings.warn(
+            f"{len(problems):,} problems: going on with {len(good):,} studies without "
+            f"them. The problems are listed in {path}",
+            stacklevel=2,
+        )
     return by_split(good)
 
 # %% ../nbs/00c_prepare.ipynb #00c-014
 def _image_problem(item: tuple[str, Path], look) -> Problem | None:
     "Look at one image of a study."
     study, path = item
-    try: look(path)
-    except DataError as e: return replace(e.problems[0], id=study)
+    try:
+        look(path)
+    except DataError as e:
+        return replace(e.problems[0], id=study)
+
 
 def check_images(
-    studies: list[Study], # of all splits
-    image_folder: Path,   # that their image paths are relative to
+    studies: list[Study],  # of all splits
+    image_folder: Path,  # that their image paths are relative to
     decode: bool = True,  # decode every pixel, or (False) read only headers
-) -> list[Problem]:       # of all images that are missing, damaged, absurd in size or (if decoded) blank
+) -> list[Problem]:  # of all images that are missing, damaged, absurd in size or (if decoded) blank
     "Look at every image."
-    items = [(s.id, image_folder/p) for s in studies for p in s.image_path]
-    with ThreadPool(2*(os.cpu_count() or 1)) as pool:
-        looked = pool.imap(partial(_image_problem, look=open_visible if decode else read_size), items, chunksize=32)
-        return [p for p in tqdm(looked, "checking images", len(items), unit=" images", leave=False) if p]
+    items = [(s.id, image_folder / p) for s in studies for p in s.image_path]
+    look = partial(_image_problem, look=open_visible if decode else read_size)
+    with ThreadPool(2 * (os.cpu_count() or 1)) as pool:
+        looked = pool.imap(look, items, chunksize=32)
+        looked = tqdm(looked, "checking images", len(items), unit=" images", leave=False)
+        return [problem for problem in looked if problem]
 
 # %% ../nbs/00c_prepare.ipynb #00c-019
-VIEWS = ("frontal", "lateral") # file 0.png, file 1.png
+VIEWS = ("frontal", "lateral")  # file 0.png, file 1.png
+
 
 def _split_and_id(seed: int) -> tuple[str, str]:
     "Return the split that a phantom belongs to and the id of its study."
     number, k = divmod(seed, len(SPLITS))
     return SPLITS[k], f"{SPLITS[k]}{number:06d}"
 
+
 def draw_study(
-    seed: int,    # of the phantom; it decides the split, too
-    folder: Path, # of the images
-    views: int,   # 1: frontal, 2: frontal and lateral
-    size: int,    # side of the images in pixels
+    seed: int,  # of the phantom; it decides the split, too
+    folder: Path,  # of the images
+    views: int,  # 1: frontal, 2: frontal and lateral
+    size: int,  # side of the images in pixels
 ) -> Study:
     "Draw one phantom's images that are not there yet, and return its study."
-    drawn, (split, name) = phantom.sample_phantom(seed), _split_and_id(seed)
-    (folder/name).mkdir(parents=True, exist_ok=True)
+    drawn = phantom.sample_phantom(seed)
+    split, name = _split_and_id(seed)
+    (folder / name).mkdir(parents=True, exist_ok=True)
     paths = tuple(f"{name}/{i}.png" for i in range(views))
-    for view, path in zip(VIEWS, paths):
-        if (folder/path).exists(): continue
-        part = folder/f"{path}.{os.getpid()}.part" # a killed run leaves no half image under the real name
-        Image.fromarray(phantom.draw(drawn, view=view, size=size)).save(part, "PNG", compress_level=1) # light: for speed
-        part.replace(folder/path)
+    for view, path in zip(VIEWS[:views], paths, strict=True):
+        if (folder / path).exists():
+            continue
+        # a killed run leaves no half image under the real name
+        part = folder / f"{path}.{os.getpid()}.part"
+        image = Image.fromarray(phantom.draw(drawn, view=view, size=size))
+        image.save(part, "PNG", compress_level=1)  # light: for speed
+        part.replace(folder / path)
     findings = tuple({n: v for n, v in asdict(f).items() if v is not None} for f in drawn.findings)
-    return Study(name, drawn.report, paths, split, patient=name, views=VIEWS[:views], findings=findings)
+    return Study(
+        name, drawn.report, paths, split, patient=name, views=VIEWS[:views], findings=findings
+    )
 
 # %% ../nbs/00c_prepare.ipynb #00c-024
 def _stamp(task: Task) -> Path:
     "Return the path of the file that says how images were drawn."
-    return task.image_folder.parent/"drawn.json"
+    return task.image_folder.parent / "drawn.json"
+
 
 def _refuse_foreign(task: Task) -> None:
     "Raise `FileExistsError` if files are in the way that were not drawn here."
-    found = [str(p) for p in (task.annotation_path, task.image_folder) if p.is_file() or (p.is_dir() and any(p.iterdir()))]
+    found = [
+        str(p)
+        for p in (task.annotation_path, task.image_folder)
+        if p.is_file() or (p.is_dir() and any(p.iterdir()))
+    ]
     if found and not _stamp(task).exists():
-        raise FileExistsError(f"{' and '.join(found)} would be drawn over, but {_stamp(task)} is missing, so this project did not draw it. "
-                              "Move it away, or open it as a task by its path.")
+        raise FileExistsError(
+            f"{' and '.join(found)} would be drawn over, but {_stamp(task)} is missing, "
+            "so this project did not draw it. "
+            "Move it away, or open it as a task by its path."
+        )
+
 
 def _how_drawn(task: Task) -> str:
     "Say by which code and how large the phantoms of `task` are drawn."
-    return json.dumps(dict(size=task.resize, code=hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()))
+    code = hashlib.sha256(Path(phantom.__file__).read_bytes()).hexdigest()
+    return json.dumps(dict(size=task.resize, code=code))
+
 
 def _clear_other(task: Task) -> None:
     "Empty the folder of images that were drawn otherwise than `task` says."
     how = _how_drawn(task)
-    if _stamp(task).exists() and _stamp(task).read_text() == how: return
-    _stamp(task).write_text("being cleared") # whoever is killed below is cleared again
+    if _stamp(task).exists() and _stamp(task).read_text() == how:
+        return
+    _stamp(task).write_text("being cleared")  # a run that is killed below clears again
     task.annotation_path.unlink(missing_ok=True)
-    if task.image_folder.exists(): shutil.rmtree(task.image_folder)
+    if task.image_folder.exists():
+        shutil.rmtree(task.image_folder)
     task.image_folder.mkdir(parents=True)
     _stamp(task).write_text(how)
 
 # %% ../nbs/00c_prepare.ipynb #00c-026
 def _map_processes(f, items: list, text: str) -> list:
-    "Map over all cores under a progress bar; a process has one thread, since more would only get in each other's way."
-    context = get_context("fork" if sys.platform == "linux" else None) # forked processes need not import anything again
+    "Map over all cores under a progress bar."
+    # forked processes need not import anything again
+    context = get_context("fork" if sys.platform == "linux" else None)
     workers = min(os.cpu_count() or 1, len(items))
-    with ProcessPoolExecutor(workers, context, initializer=threadpool_limits, initargs=(1,)) as pool:
-        return list(tqdm(pool.map(f, items, chunksize=8), text, len(items), unit=" phantoms", leave=False))
+    # a process has one thread, since more would only get in each other's way
+    one_thread = dict(initializer=threadpool_limits, initargs=(1,))
+    with ProcessPoolExecutor(workers, context, **one_thread) as pool:
+        mapped = pool.map(f, items, chunksize=8)
+        return list(tqdm(mapped, text, len(items), unit=" phantoms", leave=False))
 
-def _drawn(task: Task) -> dict[str, Study]: # by id
+
+def _drawn(task: Task) -> dict[str, Study]:  # by id
     "Return the phantoms that the annotation of `task` lists."
     path = task.annotation_path
     return {s.id: s for v in read_annotation(path).values() for s in v} if path.exists() else {}
 
-def _missing(task: Task) -> list[int]: # seeds
+
+def _missing(task: Task) -> list[int]:  # seeds
     "List the phantoms of `task` that are not drawn yet, with as many views as it wants."
     views = min(task.views or len(VIEWS), len(VIEWS))
     done = {i for i, s in _drawn(task).items() if len(s.image_path) >= views}
     counts = (task.n_train, task.n_val, task.n_test)
-    seeds = [len(SPLITS)*i + k for k, n in enumerate(counts) for i in range(n or 0)]
+    seeds = [len(SPLITS) * i + k for k, n in enumerate(counts) for i in range(n or 0)]
     return [s for s in seeds if _split_and_id(s)[1] not in done]
+
 
 def _draw_missing(task: Task) -> None:
     "Draw the phantoms of `task` that the annotation does not list."
@@ -182,71 +239,107 @@ def _draw_missing(task: Task) -> None:
 
 # %% ../nbs/00c_prepare.ipynb #00c-027
 def draw_demo(
-    task: Task, # the demo: its counts, its views, its `resize` as size of the images
-) -> Path:      # of `annotation.json`
-    "Draw the phantoms of `task` that are not on disk yet; raises `FileExistsError` if other files are in the way, `PermissionError` where nothing can be written."
+    task: Task,  # the demo: its counts, its views, its `resize` as size of the images
+) -> Path:  # of `annotation.json`
+    """Draw the phantoms of `task` that are not on disk yet.
+
+    Raises `FileExistsError` if other files are in the way, `PermissionError` where nothing can
+    be written.
+    """
     _refuse_foreign(task)
     stamp = _stamp(task)
     if stamp.exists() and stamp.read_text() == _how_drawn(task) and not _missing(task):
-        return task.annotation_path # nothing is written: the folder may be read-only
+        return task.annotation_path  # nothing is written: the folder may be read-only
     try:
         stamp.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(stamp.with_suffix(".lock")):
             _clear_other(task)
             _draw_missing(task)
     except OSError as e:
-        raise PermissionError(f"phantoms cannot be drawn into {stamp.parent} ({e}): make room, or name a folder "
-                              "that can be written to by CVT2DISTILGPT2_HOME") from e
+        raise PermissionError(
+            f"phantoms cannot be drawn into {stamp.parent} ({e}): make room, or name a folder "
+            "that can be written to by CVT2DISTILGPT2_HOME"
+        ) from e
     return task.annotation_path
 
 # %% ../nbs/00c_prepare.ipynb #00c-033
-DECODE_UP_TO = 10_000 # images: about half a minute for radiographs of 2 megapixels on 8 cores
+DECODE_UP_TO = 10_000  # images: about half a minute for radiographs of 2 megapixels on 8 cores
+
 
 def _cached_problems(studies: list[Study], task: Task) -> list[Problem]:
-    "List the images that a task's cache lacks; raises `ValueError` for a cache of images that are too small."
+    "List the images that a task's cache lacks; raises `ValueError` if it holds too small ones."
     cache = ImageCache(task.image_folder)
     if task.resize > cache.side:
-        raise ValueError(f"task {task.name!r} wants images of {task.resize} pixels (resize), but {task.image_folder} holds them at "
-                         f"{cache.side}: prepare it again with --resize {task.resize}")
-    return [Problem(s.id, p, "not in the cache", "Prepare the task again.") for s in studies for p in s.image_path if p not in cache]
+        raise ValueError(
+            f"task {task.name!r} wants images of {task.resize} pixels (resize), but "
+            f"{task.image_folder} holds them at {cache.side}: "
+            f"prepare it again with --resize {task.resize}"
+        )
+    return [
+        Problem(s.id, p, "not in the cache", "Prepare the task again.")
+        for s in studies
+        for p in s.image_path
+        if p not in cache
+    ]
 
-def prepare(
-    task: Task,
-) -> dict[str, list[Study]]: # the studies of "train", "val" and "test"
-    "Open the studies of `task`, drawn if it is the demo; raises as `open_task`, `settle` and `draw_demo` do, and `ValueError` for a cache of smaller images."
-    if task.name == "demo": draw_demo(task)
+
+def prepare(task: Task) -> dict[str, list[Study]]:  # the studies of "train", "val" and "test"
+    """Open the studies of `task`, drawn if it is the demo.
+
+    Raises as `open_task`, `settle` and `draw_demo` do, and `ValueError` for a cache of smaller
+    images.
+    """
+    if task.name == "demo":
+        draw_demo(task)
     problems: list[Problem] = []
     studies = [s for split in open_task(task, problems).values() for s in split]
-    if ImageCache.is_in(task.image_folder): problems += _cached_problems(studies, task)
-    else: problems += check_images(studies, task.image_folder, decode=sum(len(s.image_path) for s in studies) <= DECODE_UP_TO)
-    return settle(studies, problems, task.on_problem, project_root()/"runs"/task.name/"problems.csv")
+    if ImageCache.is_in(task.image_folder):
+        problems += _cached_problems(studies, task)
+    else:
+        decode = sum(len(s.image_path) for s in studies) <= DECODE_UP_TO
+        problems += check_images(studies, task.image_folder, decode)
+    path = project_root() / "runs" / task.name / "problems.csv"
+    return settle(studies, problems, task.on_problem, path)
 
 # %% ../nbs/00c_prepare.ipynb #00c-039
 ONE_FORM = "the one form"
-LAYOUTS = { # what it reads; by which files a folder is known; which options have a meaning
-    ONE_FORM: ("studies as Chen et al. list them, images in images/, beside or in `originals`",
-               ("annotation.json",), ("originals",)),
-    "MIMIC-CXR": ("MIMIC-CXR-JPG, as PhysioNet gives it",
-                  ("*-split.csv*", "p1[0-9]",
-                   *("*/"*k + "files/p1[0-9]" for k in range(ABOVE + 1))),
-                  ("reports", "chen", "examples")),
-    "IU X-Ray": ("IU X-Ray, as Open-i gives it or as Kaggle has it",
-                 ("NLMCXR_*", "ecgen-radiology", KAGGLE_REPORTS), ("chen",)),
-    "captions": ("captions in COCO's form, their images beside or in `originals`",
-                 ("captions_*.json", "annotations/captions_*.json"), ("originals",)),
-    "table": ("a table of images and texts, or several named after their splits",
-              ("*.csv", "*.tsv", "captions.txt", "*.jsonl", "*/metadata.jsonl", "*/metadata.csv"),
-              ("originals", "columns")),
+LAYOUTS = {  # what it reads; by which files a folder is known; which options have a meaning
+    ONE_FORM: (
+        "studies as Chen et al. list them, images in images/, beside or in `originals`",
+        ("annotation.json",),
+        ("originals",),
+    ),
+    "MIMIC-CXR": (
+        "MIMIC-CXR-JPG, as PhysioNet gives it",
+        ("*-split.csv*", "p1[0-9]", *("*/" * k + "files/p1[0-9]" for k in range(ABOVE + 1))),
+        ("reports", "chen", "examples"),
+    ),
+    "IU X-Ray": (
+        "IU X-Ray, as Open-i gives it or as Kaggle has it",
+        ("NLMCXR_*", "ecgen-radiology", KAGGLE_REPORTS),
+        ("chen",),
+    ),
+    "captions": (
+        "captions in COCO's form, their images beside or in `originals`",
+        ("captions_*.json", "annotations/captions_*.json"),
+        ("originals",),
+    ),
+    "table": (
+        "a table of images and texts, or several named after their splits",
+        ("*.csv", "*.tsv", "captions.txt", "*.jsonl", "*/metadata.jsonl", "*/metadata.csv"),
+        ("originals", "columns"),
+    ),
     "folder": ("images with texts of the same name", ("**/*.txt",), ()),
 }
-OWN_LAYOUT = {"mimic_cxr": "MIMIC-CXR", "iu_x_ray": "IU X-Ray"} # of tasks that have a name
+OWN_LAYOUT = {"mimic_cxr": "MIMIC-CXR", "iu_x_ray": "IU X-Ray"}  # of tasks that have a name
 
 # %% ../nbs/00c_prepare.ipynb #00c-039e
-def _readable(task: str | None) -> dict: # a part of `LAYOUTS`
+def _readable(task: str | None) -> dict:  # a part of `LAYOUTS`
     "Return the layouts that a task may be read from: all, or its own and the one form."
     if task not in OWN_LAYOUT:
         return LAYOUTS
     return {name: LAYOUTS[name] for name in (ONE_FORM, OWN_LAYOUT[task])}
+
 
 def _known_layouts(layouts: dict) -> str:
     "Say in a line each what can be read, and by which files it is known."
@@ -267,12 +360,13 @@ def _file_layout(source: Path) -> str | None:
         return ONE_FORM if has_splits else "captions"
     return "table" if suffix in (".csv", ".tsv", ".jsonl", ".txt") else None
 
+
 def _files_like(source: Path, pattern: str) -> list[Path]:
     "List the files by which a layout is known; the first text is enough."
     if pattern != "**/*.txt":
         return sorted(source.glob(pattern))
-    for place, names in folder_files(source): # also behind links
-        texts = [place/n for n in names if n.lower().endswith(".txt")]
+    for place, names in folder_files(source):  # also behind links
+        texts = [place / n for n in names if n.lower().endswith(".txt")]
         if texts:
             return texts[:1]
     return []
@@ -280,12 +374,12 @@ def _files_like(source: Path, pattern: str) -> list[Path]:
 # %% ../nbs/00c_prepare.ipynb #00c-039b
 def _layout(
     source: Path,
-    task: str | None = None,     # its name
+    task: str | None = None,  # its name
 ) -> tuple[str, list[Path]]:
     "Tell which layout `source` is in, by which files; raises `FileNotFoundError` or `ValueError`."
     if not source.exists():
         raise FileNotFoundError(f"source {source} does not exist")
-    if (source/"prepared.json").exists():
+    if (source / "prepared.json").exists():
         raise ValueError(f"{source} is prepared already: name it as --task")
     readable = _readable(task)
     if source.is_file():
@@ -299,8 +393,10 @@ def _layout(
                 return layout, sorted(files)
     known = _known_layouts(readable)
     if task in OWN_LAYOUT:
-        raise ValueError(f"{source} is nothing that the task {task} is read from. That is:\n"
-                         f"{known}\nName a task of other data otherwise, such as --task ./mine")
+        raise ValueError(
+            f"{source} is nothing that the task {task} is read from. That is:\n"
+            f"{known}\nName a task of other data otherwise, such as --task ./mine"
+        )
     raise FileNotFoundError(f"{source} is nothing that can be read here. Known are:\n{known}")
 
 # %% ../nbs/00c_prepare.ipynb #00c-039d
@@ -326,10 +422,10 @@ def _tables_of(source: Path, tables: list[Path]) -> list[Path]:
 
 # %% ../nbs/00c_prepare.ipynb #00c-040b
 def _read_layout(
-    layout: str,       # of `LAYOUTS`
+    layout: str,  # of `LAYOUTS`
     source: Path,
-    files: list[Path], # by which it is known
-    options: dict,     # of `read_source`
+    files: list[Path],  # by which it is known
+    options: dict,  # of `read_source`
 ) -> RawData:
     "Read `source` with the reader of `layout`; raises what the reader raises."
     folder = source.parent if source.is_file() else source
@@ -348,21 +444,23 @@ def _read_layout(
 
 # %% ../nbs/00c_prepare.ipynb #00c-040a
 def read_source(
-    source: Path,                   # a folder or a file in one of `LAYOUTS`
+    source: Path,  # a folder or a file in one of `LAYOUTS`
     originals: Path | None = None,  # the folder that image paths count from; None: the source's own
-    reports: Path | None = None,    # MIMIC-CXR's: the zip or its folder; None: beside the images
-    chen: Path | None = None,       # Chen et al.'s `annotation.json`: exactly its studies and split
-    examples: str = "image",        # of MIMIC-CXR: "image" (as published) or "study", with all its views
-    split: str = "given",           # "given" by the source, or "drawn"
-    columns: str | None = None,     # of a table: "image=path,text=conclusion"
-    task: str | None = None,        # its name: `mimic_cxr` and `iu_x_ray` have layouts of their own
+    reports: Path | None = None,  # MIMIC-CXR's: the zip or its folder; None: beside the images
+    chen: Path | None = None,  # Chen et al.'s `annotation.json`: exactly its studies and split
+    examples: str = "image",  # of MIMIC-CXR: "image" (as published) or "study", with all its views
+    split: str = "given",  # "given" by the source, or "drawn"
+    columns: str | None = None,  # of a table: "image=path,text=conclusion"
+    task: str | None = None,  # its name: `mimic_cxr` and `iu_x_ray` have layouts of their own
 ) -> RawData:
     "Read `source` by its layout; raises `FileNotFoundError`, `ValueError`, and as the reader does."
     if split not in ("given", "drawn"):
         raise ValueError(f"split must be given or drawn, not {split!r}")
     layout, files = _layout(source, task)
     what, _, meant = LAYOUTS[layout]
-    options = dict(originals=originals, reports=reports, chen=chen, examples=examples, columns=columns)
+    options = dict(
+        originals=originals, reports=reports, chen=chen, examples=examples, columns=columns
+    )
     given = [n for n, v in options.items() if v and (n, v) != ("examples", "image")]
     wrong = [n for n in given if n not in meant]
     if wrong:
@@ -373,15 +471,21 @@ def read_source(
 # %% ../nbs/00c_prepare.ipynb #00c-046
 def _facts_path(task: Task) -> Path:
     "Return the path of the file that says what a task was prepared from."
-    return task.annotation_path.parent/"prepared.json"
+    return task.annotation_path.parent / "prepared.json"
+
 
 def _begin(task: Task, how: dict) -> None:
     "Make the task's folder ours; raises `FileExistsError` if it holds what was not made here."
     folder = task.annotation_path.parent
-    if task.image_folder.parent != folder: raise ValueError(f"a task is prepared in one folder, not in {folder} and {task.image_folder.parent}")
+    if task.image_folder.parent != folder:
+        raise ValueError(
+            f"a task is prepared in one folder, not in {folder} and {task.image_folder.parent}"
+        )
     if not _facts_path(task).exists() and folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty, and {_facts_path(task)} is missing, so what it holds was not made here and is left alone. "
-                              "Give a new folder as --task.")
+        raise FileExistsError(
+            f"{folder} is not empty, and {_facts_path(task)} is missing, so what it holds was not "
+            "made here and is left alone. Give a new folder as --task."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     task.annotation_path.unlink(missing_ok=True)
     _facts_path(task).write_text(json.dumps({"state": "being prepared", **how}, indent=1))
@@ -391,42 +495,57 @@ def _with_ids(problems: list[Problem], studies: list[Study]) -> list[Problem]:
     "Name the studies that each problem's image belongs to."
     of = defaultdict(list)
     for s in studies:
-        for p in s.image_path: of[p].append(s.id)
+        for p in s.image_path:
+            of[p].append(s.id)
     return [replace(p, id=i) for p in problems for i in of[p.path]]
 
 # %% ../nbs/00c_prepare.ipynb #00c-048
 def build(
     raw: RawData,
-    task: Task,                   # where to: the folder of its `annotation.json`; `resize` and `on_problem` count
-    store: str = "lossless",      # "lossless", "uncompressed" (larger, faster) or "lossy" (smaller, other pixels)
-    reduced: bool = False,        # decode JPEG originals at reduced scale: faster, other pixels
-    processes: int | None = None, # that read images; None: as many as there are cores. The result is the same
-) -> dict[str, list[Study]]:      # by split
-    "Make a task's folder of raw data; raises `FileExistsError` if other files are in the way, and as `build_cache` and `settle` do."
-    folder, problems = task.annotation_path.parent, list(raw.problems)
+    task: Task,  # where to: the folder of its `annotation.json`; `resize` and `on_problem` count
+    store: str = "lossless",  # or "uncompressed" (larger, faster), "lossy" (smaller, other pixels)
+    reduced: bool = False,  # decode JPEG originals at reduced scale: faster, other pixels
+    processes: int | None = None,  # that read images; None: one a core. The result is the same
+) -> dict[str, list[Study]]:  # by split
+    """Make a task's folder of raw data.
+
+    Raises `FileExistsError` if other files are in the way, and as `build_cache` and `settle` do.
+    """
+    folder = task.annotation_path.parent
+    problems = list(raw.problems)
     how = dict(originals=str(raw.folder), resize=task.resize, store=store, reduced=reduced)
     _begin(task, how)
-    with FileLock(folder/"prepare.lock"):
+    with FileLock(folder / "prepare.lock"):
         studies = across_studies(raw.studies, str(task.annotation_path), problems)
-        if problems: print(f"problems in texts and names: {len(problems):,}; the images are looked at before all are listed")
+        if problems:
+            print(
+                f"problems in texts and names: {len(problems):,}; "
+                "the images are looked at before all are listed"
+            )
         paths = list(dict.fromkeys(p for s in raw.studies for p in s.image_path))
-        problems += _with_ids(build_cache(paths, task.image_folder, raw.folder, task.resize, store, reduced, processes), raw.studies)
-        kept = settle(studies, problems, task.on_problem, folder/"problems.csv")
+        of_images = build_cache(
+            paths, task.image_folder, raw.folder, task.resize, store, reduced, processes
+        )
+        problems += _with_ids(of_images, raw.studies)
+        kept = settle(studies, problems, task.on_problem, folder / "problems.csv")
         write_annotation([s for split in kept.values() for s in split], task.annotation_path)
-        counts = raw.counts | {f"studies in {split}": len(s) for split, s in kept.items()} | {"problems": len(problems)}
-        _facts_path(task).write_text(json.dumps({"state": "whole", **how, "counts": counts}, indent=1))
+        sizes = {f"studies in {split}": len(s) for split, s in kept.items()}
+        counts = raw.counts | sizes | {"problems": len(problems)}
+        facts = {"state": "whole", **how, "counts": counts}
+        _facts_path(task).write_text(json.dumps(facts, indent=1))
     return kept
 
 # %% ../nbs/00c_prepare.ipynb #00c-057
-def verify(
-    task: Task,
-) -> dict[str, int]: # how many studies and images were found whole
-    "Check a prepared task; raises `DataError` with all that is missing or damaged, and as `open_task` does."
+def verify(task: Task) -> dict[str, int]:  # how many studies and images were found whole
+    "Check a prepared task; raises `DataError` with all that is wrong, and as `open_task` does."
     problems: list[Problem] = []
     studies = [s for split in open_task(task, problems).values() for s in split]
-    if not ImageCache.is_in(task.image_folder): problems += check_images(studies, task.image_folder)
-    else: problems += verify_cache(task.image_folder) or _cached_problems(studies, task)
-    if problems: raise DataError(problems)
+    if not ImageCache.is_in(task.image_folder):
+        problems += check_images(studies, task.image_folder)
+    else:
+        problems += verify_cache(task.image_folder) or _cached_problems(studies, task)
+    if problems:
+        raise DataError(problems)
     return dict(studies=len(studies), images=len({p for s in studies for p in s.image_path}))
 
 # %% ../nbs/00c_prepare.ipynb #00c-062
@@ -435,65 +554,99 @@ def _field_type(name: str) -> type:
     hint = typing.get_type_hints(Task)[name]
     return next(t for t in typing.get_args(hint) or (hint,) if t is not type(None))
 
+
 def task_arguments(
-    argv: list[str] | None = None, # words of the command line; None: those the program was started with
-    extra: tuple[str, ...] = (),   # options that are no fields of a task, such as "run"
-    flags: tuple[str, ...] = (),   # options without a value
-) -> tuple[Task, dict[str, str | bool | None]]: # the task, and the values of the extra options and flags
-    "Read `--task NAME` and `--FIELD VALUE` for any field of a task; ends the program with a message for anything else."
+    argv: list[str] | None = None,  # words of the command line; None: the program's own
+    extra: tuple[str, ...] = (),  # options that are no fields of a task, such as "run"
+    flags: tuple[str, ...] = (),  # options without a value
+) -> tuple[Task, dict[str, str | bool | None]]:  # the task; values of the extra options and flags
+    "Read `--task NAME` and `--FIELD VALUE` of any field; ends with a message for anything else."
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--task", default="demo", help="a name of the task table, or the path of a folder (demo)")
-    for name in extra: parser.add_argument(f"--{name}", default=None)
-    for name in flags: parser.add_argument(f"--{name}", action="store_true", default=False)
+    task_help = "a name of the task table, or the path of a folder (demo)"
+    parser.add_argument("--task", default="demo", help=task_help)
+    for name in extra:
+        parser.add_argument(f"--{name}", default=None)
+    for name in flags:
+        parser.add_argument(f"--{name}", action="store_true", default=False)
     for f in fields(Task):
-        if f.name not in ("name", "source"): parser.add_argument(f"--{f.name}", type=_field_type(f.name), metavar=_field_type(f.name).__name__)
+        if f.name not in ("name", "source"):
+            kind = _field_type(f.name)
+            parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__)
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
     others = {n: given.pop(n) for n in extra + flags}
-    misspelt = {w[2:].split("=")[0]: w for w in unknown if w.startswith("--")} # get_task says what may have been meant
-    try: task = get_task(given.pop("task"), **given, **misspelt)
-    except (TypeError, ValueError) as e: parser.error(str(e))
-    if unknown: parser.error(f"unexpected words: {' '.join(unknown)}")
+    # get_task says what may have been meant
+    misspelt = {w[2:].split("=")[0]: w for w in unknown if w.startswith("--")}
+    try:
+        task = get_task(given.pop("task"), **given, **misspelt)
+    except (TypeError, ValueError) as e:
+        parser.error(str(e))
+    if unknown:
+        parser.error(f"unexpected words: {' '.join(unknown)}")
     return task, others
 
 # %% ../nbs/00c_prepare.ipynb #00c-066
-SOURCE = ("source", "originals", "reports", "chen", "examples", "split", "columns") # of `read_source`
-STORE = ("store", "processes")                                           # of `build`
+# of `read_source`
+SOURCE = ("source", "originals", "reports", "chen", "examples", "split", "columns")
+STORE = ("store", "processes")  # of `build`
+
 
 def _whole_number(name: str, words: str) -> int:
     "Read a number of one or more; raises `ValueError`."
-    if not words.isdecimal() or not int(words): raise ValueError(f"{name} must be a whole number from 1, not {words!r}")
+    if not words.isdecimal() or not int(words):
+        raise ValueError(f"{name} must be a whole number from 1, not {words!r}")
     return int(words)
+
 
 def _build_from(task: Task, source: dict, store: dict) -> dict[str, list[Study]]:
     "Read and build what the command line names; raises as `read_source` and `build` do."
-    if task.name == "demo": raise ValueError("the demo is drawn, not read: name the task to make of your data, such as --task ./mine")
+    if task.name == "demo":
+        raise ValueError(
+            "the demo is drawn, not read: name the task to make of your data, such as --task ./mine"
+        )
     words = ("examples", "split", "columns")
     paths = {n: v if n in words else Path(v).expanduser() for n, v in source.items() if v}
     raw = read_source(**paths, task=task.name)
-    print(f"{source['source']}: " + ", ".join(f"{n:,} {words}" for words, n in raw.counts.items()))
-    if store["processes"]: store["processes"] = _whole_number("processes", store["processes"])
+    print(f"{source['source']}: " + ", ".join(f"{n:,} {what}" for what, n in raw.counts.items()))
+    if store["processes"]:
+        store["processes"] = _whole_number("processes", store["processes"])
     kept = build(raw, task, **{n: v for n, v in store.items() if v})
-    print(f"images: short side {task.resize} pixels. A run with a smaller resize shrinks them "
-          "again; for exactly the originals' pixels, prepare with that --resize")
+    print(
+        f"images: short side {task.resize} pixels. A run with a smaller resize shrinks them "
+        "again; for exactly the originals' pixels, prepare with that --resize"
+    )
     empty = [s for s, studies in kept.items() if not studies]
     if empty and source["split"] != "drawn":
-        print(f"there are no studies for {' and '.join(empty)}. To draw train, val and test of all "
-              "studies (80/10/10 by patient or id, seed 0), prepare again with --split drawn")
+        print(
+            f"there are no studies for {' and '.join(empty)}. To draw train, val and test of all "
+            "studies (80/10/10 by patient or id, seed 0), prepare again with --split drawn"
+        )
     return kept
 
 # %% ../nbs/00c_prepare.ipynb #00c-067
 def main(
-    argv: list[str] | None = None, # words of the command line
+    argv: list[str] | None = None,  # words of the command line
 ) -> None:
-    "Prepare a task: `python -m cvt2distilgpt2.prepare --task NAME --source PATH`; ends with a message if its data are not whole."
-    task, given = task_arguments(argv, SOURCE + STORE, ("reduced", "download", "verify"))
-    source, store = {n: given[n] for n in SOURCE}, {n: given[n] for n in (*STORE, "reduced")}
-    try:
-        if given["download"]: source["source"] = download_openi(Path(source["source"] or project_root()/"data"/"openi").expanduser())
-        if given["verify"]: return print(f"{task.name}: " + ", ".join(f"{n:,} {what}" for what, n in verify(task).items()) + " are whole")
-        studies = _build_from(task, source, store) if source["source"] else prepare(task)
-    except (DataError, OSError, ValueError) as e: sys.exit(str(e))
-    print(f"{task.name}: " + ", ".join(f"{len(s):,} {split}" for split, s in studies.items()) + " studies")
+    """Prepare a task: `python -m cvt2distilgpt2.prepare --task NAME --source PATH`.
 
-if __name__ == "__main__" and "__file__" in globals(): main() # not in the notebook
+    Ends with a message if its data are not whole.
+    """
+    task, given = task_arguments(argv, SOURCE + STORE, ("reduced", "download", "verify"))
+    source = {n: given[n] for n in SOURCE}
+    store = {n: given[n] for n in (*STORE, "reduced")}
+    try:
+        if given["download"]:
+            to = Path(source["source"] or project_root() / "data" / "openi").expanduser()
+            source["source"] = download_openi(to)
+        if given["verify"]:
+            whole = ", ".join(f"{n:,} {what}" for what, n in verify(task).items())
+            return print(f"{task.name}: {whole} are whole")
+        studies = _build_from(task, source, store) if source["source"] else prepare(task)
+    except (DataError, OSError, ValueError) as e:
+        sys.exit(str(e))
+    sizes = ", ".join(f"{len(s):,} {split}" for split, s in studies.items())
+    print(f"{task.name}: {sizes} studies")
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # not in the notebook
