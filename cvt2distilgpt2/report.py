@@ -32,9 +32,9 @@ from tqdm import tqdm
 from .captions import folder_files, is_image_file, named_columns, table_studies
 from .data import ImageFolder, collate, same_channels
 from .decoder import decode_reports
-from .images import open_visible
+from .images import is_blank, open_image
 from .model import CvT2DistilGPT2, ReportImageProcessor, weights_hash
-from .tasks import ALIASES, SPLITS, TASKS, DataError, Task, get_task, open_task
+from .tasks import ALIASES, SPLITS, TASKS, DataError, Problem, Task, get_task, open_task
 from .train import LIMITS, load_model, processes
 
 # %% ../nbs/05_report.ipynb #05-016
@@ -86,6 +86,13 @@ def images_in_table(
     chosen = {role: name for role, name in (columns or {}).items() if role in roles}
     rows = (path, chosen, None, problems, Counter(), ("image",), roles)
     studies, folder = table_studies(*rows)
+    for study, place in studies:
+        if not study.id.strip():
+            what = "has no id, nor an image that could be one"
+            problems.append(Problem("", place, what, "Fill in the row, or remove it."))
+        elif study.image_path[:1] == (study.id,) and study.image_path.count(study.id) > 1:
+            what = "is the first image of rows that differ in others"
+            problems.append(Problem(study.id, place, what, "Give each study an id of its own."))
     if problems:
         raise DataError(problems)
     return [
@@ -111,7 +118,8 @@ def _in_one(
     place, none = Path(path), Counter()
     if (place/"annotation.json").is_file(): return images_in_task(get_task(str(place.resolve())), split), none
     if place.is_dir(): return images_in_folder(place, studies)
-    if place.suffix.lower() in (".csv", ".tsv", ".jsonl") and place.is_file(): return images_in_table(place, columns), none
+    is_table = place.suffix.lower() in (".csv", ".tsv", ".jsonl") or place.name == "captions.txt"
+    if is_table and place.is_file(): return images_in_table(place, columns), none
     if place.exists(): return [Images(_name(path), (str(path),))], none
     if path in (*TASKS, *ALIASES): return images_in_task(get_task(path), split), none
     matches = sorted(glob.glob(path, recursive=True))
@@ -140,7 +148,15 @@ def find_images(
 @lru_cache
 def _opener(folder: str | None):
     "Return what opens an image: of a prepared task through its cache, else a file. Nothing is held in memory."
-    return ImageFolder(folder, limit=0) if folder else open_visible
+    return ImageFolder(folder, limit=0) if folder else open_image
+
+def _open(path: str, folder: str | None):
+    "Open an image that shows something; raises `DataError` for any other."
+    image = _opener(folder)(path)
+    if is_blank(image):
+        what, mend = "blank: it shows nothing", "Fetch it again, or remove it from the data set."
+        raise DataError([Problem("", path, what, mend)])
+    return image
 
 def _in_words(error: Exception) -> str: # in one line
     "Say what is wrong with an image."
@@ -158,7 +174,7 @@ class Pictures(Dataset):
     def __getitem__(self, i: int) -> torch.Tensor | str:
         study = self.studies[i]
         if not study.paths: return "no image is named"
-        try: return torch.stack(same_channels([self.square(_opener(study.folder)(p)) for p in study.paths[:self.views]]))
+        try: return torch.stack(same_channels([self.square(_open(p, study.folder)) for p in study.paths[:self.views]]))
         except Exception as e: return _in_words(e) # one bad file must not end the reading of thousands
 
 # %% ../nbs/05_report.ipynb #05-042
