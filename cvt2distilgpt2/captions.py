@@ -511,7 +511,7 @@ def split_of_path(path: Path, source: Path) -> str:
     "Return the split that a table's name, or its folder's within `source`, speaks of."
     return _file_split(path) or _file_split(Path(path.parent.relative_to(source).as_posix()))
 
-
+# %% ../nbs/00bd_captions.ipynb #00bd-057a
 def read_table(
     table: str | Path | list[Path],  # one, or several, whose names or folders tell the split
     images: str | Path | None = None,  # folder that paths count from; None: the table's own
