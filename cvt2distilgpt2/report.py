@@ -32,9 +32,18 @@ from tqdm import tqdm
 from .captions import folder_files, is_image_file, named_columns, table_studies
 from .data import ImageFolder, collate, same_channels
 from .decoder import decode_reports
-from .images import open_visible
+from .images import is_blank, open_image
 from .model import CvT2DistilGPT2, ReportImageProcessor, weights_hash
-from .tasks import ALIASES, SPLITS, TASKS, DataError, Task, get_task, open_task
+from cvt2distilgpt2.tasks import (
+    ALIASES,
+    SPLITS,
+    TASKS,
+    DataError,
+    Problem,
+    Task,
+    get_task,
+    open_task,
+)
 from .train import LIMITS, load_model, processes
 
 # %% ../nbs/05_report.ipynb #05-016
@@ -87,6 +96,13 @@ def images_in_table(
     roles = ("image", "id", "view")  # texts are not needed, and splits do not matter
     chosen = {role: name for role, name in (columns or {}).items() if role in roles}
     studies, folder = table_studies(path, chosen, None, problems, Counter(), ("image",), roles)
+    for study, place in studies:
+        if not study.id.strip():
+            what = "has no id, nor an image that could be one"
+            problems.append(Problem("", place, what, "Fill in the row, or remove it."))
+        elif study.image_path[:1] == (study.id,) and study.image_path.count(study.id) > 1:
+            what = "is the first image of rows that differ in others"
+            problems.append(Problem(study.id, place, what, "Give each study an id of its own."))
     if problems:
         raise DataError(problems)
     return [
@@ -120,7 +136,8 @@ def _in_one(
         return images_in_task(get_task(str(place.resolve())), split), none
     if place.is_dir():
         return images_in_folder(place, studies)
-    if place.suffix.lower() in (".csv", ".tsv", ".jsonl") and place.is_file():
+    is_table = place.suffix.lower() in (".csv", ".tsv", ".jsonl")
+    if (is_table or place.name == "captions.txt") and place.is_file():
         return images_in_table(place, columns), none
     if place.exists():
         return [Images(_name(path), (str(path),))], none
@@ -171,7 +188,16 @@ def find_images(
 @lru_cache
 def _opener(folder: str | None):
     "Return what opens an image: a prepared task's through its cache, else a file; none is held."
-    return ImageFolder(folder, limit=0) if folder else open_visible
+    return ImageFolder(folder, limit=0) if folder else open_image
+
+
+def _open(path: str, folder: str | None):
+    "Open an image that shows something; raises `DataError` for any other."
+    image = _opener(folder)(path)
+    if is_blank(image):
+        what, mend = "blank: it shows nothing", "Fetch it again, or remove it from the data set."
+        raise DataError([Problem("", path, what, mend)])
+    return image
 
 
 def _in_words(error: Exception) -> str:  # in one line
@@ -197,8 +223,8 @@ class Pictures(Dataset):
         if not study.paths:
             return "no image is named"
         try:
-            open_one = _opener(study.folder)
-            views = [self.square(open_one(p)) for p in study.paths[: self.views]]
+            shown = [_open(path, study.folder) for path in study.paths[: self.views]]
+            views = [self.square(image) for image in shown]
             return torch.stack(same_channels(views))
         except Exception as e:
             return _in_words(e)  # one bad file must not end the reading of thousands

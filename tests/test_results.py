@@ -676,6 +676,16 @@ def test_ids_and_reports_are_text(tmp_path):
         open_evaluation(task, predictions=table(tmp_path / "other.csv", others))
 
 
+def test_a_column_named_report_may_be_the_reference(texts, good, tmp_path):
+    rows = pd.DataFrame([dict(id=i, report=text, prediction="Clear.") for i, text in good.items()])
+    rows.to_csv(tmp_path/"theirs.csv", index=False)
+    with pytest.raises(ValueError, match="no column 'generated'; there are: 'id', 'report', 'pred"):
+        open_evaluation(get_task(str(texts)), predictions=tmp_path/"theirs.csv")
+    rows[["id", "report"]].to_csv(tmp_path/"two.csv", index=False)
+    evaluation = open_evaluation(get_task(str(texts)), predictions=tmp_path/"two.csv")
+    assert evaluation.written == list(good.values())
+
+
 def test_checkpoint_and_predictions_are_not_one_page(task, run, folder, home):
     with pytest.raises(ValueError, match="not both"):
         open_evaluation(task, run, predictions="x.csv")
