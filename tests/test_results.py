@@ -659,7 +659,7 @@ def test_another_file_does_not_replace_an_earlier_test(texts, good, home):
 
 def test_ids_and_reports_are_text(tmp_path):
     ids = ["007", "NA", "None", "1e3", " 7", "null"]
-    reports = ["NA", "None", "nan", 'two\r\nlines, "quoted"', "1.0", "é."]
+    reports = ["NA", "None", "nan", 'two\nlines, "quoted"', "1.0", "é."]
     studies = [replace(s, id=i) for s, i in zip(phantoms(dict(test=6)), ids, strict=True)]
     task = get_task(str(texts_only(tmp_path / "ids", studies)))
     path = table(tmp_path / "theirs.csv", dict(reversed([*zip(ids, reports, strict=True)])))
