@@ -678,11 +678,11 @@ def test_ids_and_reports_are_text(tmp_path):
 
 def test_a_column_named_report_may_be_the_reference(texts, good, tmp_path):
     rows = pd.DataFrame([dict(id=i, report=text, prediction="Clear.") for i, text in good.items()])
-    rows.to_csv(tmp_path/"theirs.csv", index=False)
+    rows.to_csv(tmp_path / "theirs.csv", index=False)
     with pytest.raises(ValueError, match="no column 'generated'; there are: 'id', 'report', 'pred"):
-        open_evaluation(get_task(str(texts)), predictions=tmp_path/"theirs.csv")
-    rows[["id", "report"]].to_csv(tmp_path/"two.csv", index=False)
-    evaluation = open_evaluation(get_task(str(texts)), predictions=tmp_path/"two.csv")
+        open_evaluation(get_task(str(texts)), predictions=tmp_path / "theirs.csv")
+    rows[["id", "report"]].to_csv(tmp_path / "two.csv", index=False)
+    evaluation = open_evaluation(get_task(str(texts)), predictions=tmp_path / "two.csv")
     assert evaluation.written == list(good.values())
 
 
