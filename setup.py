@@ -1,4 +1,5 @@
 "Package metadata; every value lives in settings.ini."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -21,6 +22,9 @@ setup(
     packages=[settings["lib_path"]],
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"study": study, "dev": settings["dev_requirements"].split() + study,
-                    **{name: settings[f"{name}_requirements"].split() for name in ("dicom", "clinical")}},
+    extras_require={
+        "study": study,
+        "dev": settings["dev_requirements"].split() + study,
+        **{name: settings[f"{name}_requirements"].split() for name in ("dicom", "clinical")},
+    },
 )

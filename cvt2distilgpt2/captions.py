@@ -313,7 +313,10 @@ def read_captions(
 
 # %% ../nbs/00bd_captions.ipynb #00bd-042
 COLUMNS = {  # role: names that are known for it
-    "image": ("image", "images", "image_path", "path", "file", "file_name", "filename", "filepath"),
+    "image": (
+        *("image", "images", "image_path", "image_paths", "path", "file"),
+        *("file_name", "file_names", "filename", "filepath"),
+    ),
     "text": ("report", "text", "caption", "captions", "findings", "impression"),
     "id": ("id", "study_id", "study"),
     "split": ("split",),
@@ -337,7 +340,7 @@ def named_columns(
         )
     return chosen
 
-
+# %% ../nbs/00bd_captions.ipynb #00bd-042a
 def _find_columns(
     header: list[str],
     chosen: dict[str, str],  # role: the name that is looked for instead of the known ones
@@ -355,6 +358,15 @@ def _find_columns(
         wanted = (chosen[role].strip().lower(),) if role in chosen else known
         columns[role] = next(filter(None, (called(name, role) for name in wanted)), [])
     return columns
+
+# %% ../nbs/00bd_captions.ipynb #00bd-045a
+def _read_bytes(path: Path) -> str:
+    "Read a text; bytes that are not UTF-8 become halves of characters. Raises `DataError`."
+    try:
+        return path.read_bytes().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
+    except OSError as e:
+        what, mend = f"cannot be read ({e.strerror})", "Check that it is a file and may be read."
+        raise DataError([Problem("", str(path), what, mend)]) from e
 
 # %% ../nbs/00bd_captions.ipynb #00bd-046
 def _json_rows(path: Path, text: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -407,7 +419,10 @@ def _delimited_rows(path: Path, text: str, delimiter: str) -> list[tuple[int, li
             "and write its own quotes twice."
         )
         raise DataError([Problem("", f"{path}:{line}", what, mend)]) from e
-    width = len(rows[0][1]) if rows else 0
+    header = rows[0][1] if rows else []
+    width = len(header)
+    while width > 1 and not header[width - 1].strip():
+        width -= 1
     return [(line, _cut_empty(cells, width)) for line, cells in rows]
 
 
@@ -416,15 +431,6 @@ def _cut_empty(cells: list[str], width: int) -> list[str]:
     return cells if any(cell.strip() for cell in cells[width:]) else cells[:width]
 
 # %% ../nbs/00bd_captions.ipynb #00bd-046c
-def _read_bytes(path: Path) -> str:
-    "Read a text; bytes that are not UTF-8 become halves of characters. Raises `DataError`."
-    try:
-        return path.read_bytes().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
-    except OSError as e:
-        what, mend = f"cannot be read ({e.strerror})", "Check that it is a file and may be read."
-        raise DataError([Problem("", str(path), what, mend)]) from e
-
-
 def read_rows(
     path: str | Path,  # .csv, .tsv, .txt, .jsonl or .json, UTF-8
     suits: Callable[[list[str]], bool],  # has a header the columns that are needed?
@@ -593,6 +599,21 @@ def _images_folder(beside: Path, rows: list[list[str]], columns: list[int]) -> P
     places = [beside, beside / "images", beside / "Images"]
     return next((p for p in places if first and is_inside(first) and (p / first).is_file()), beside)
 
+# %% ../nbs/00bd_captions.ipynb #00bd-056n
+def _with_folder_splits(candidates: list[tuple[Study, str]]) -> list[tuple[Study, str]]:
+    "Take the split from the images' folders, where no candidate has one and all folders tell it."
+    if any(study.split for study, _ in candidates):
+        return candidates
+    split_of = {}
+    for study, _ in candidates:
+        folders = {path.split("/")[0].lower() for path in study.image_path}
+        splits = {SPLIT_NAMES.get(folder, "") for folder in folders}
+        split_of[study] = splits.pop() if len(splits) == 1 else ""
+    told = {split_of[study] for study, _ in candidates if study.image_path}
+    if "" in told or len(told) < 2:
+        return candidates
+    return [(replace(study, split=split_of[study]), place) for study, place in candidates]
+
 # %% ../nbs/00bd_captions.ipynb #00bd-057
 def _place_in(
     study: Study,
@@ -639,7 +660,7 @@ def read_table(
         for study, place in studies:
             study = replace(study, split=study.split or split)
             candidates.append((_place_in(study, named or inner, folder), place))
-    found = _with_split(candidates, seed, counts)
+    found = _with_split(_with_folder_splits(candidates), seed, counts)
     return _raw_data(found, folder, tables[0], problems, counts)
 
 # %% ../nbs/00bd_captions.ipynb #00bd-062b

@@ -35,154 +35,207 @@ from .images import open_image
 from .tasks import Study, Task
 
 # %% ../nbs/00d_data.ipynb #00d-009
-STYLES = {"iu_x_ray": (("..", ".", 3),),
-          "mimic_cxr": (("\n", " ", 1), ("__", "_", 7), ("  ", " ", 6), ("..", ".", 8))} # (old, new, times)
-ENUMERATION = [("1. ", "")] + [(f". {n}. ", ". ") for n in range(2, 6)] + [(f" {n}. ", ". ") for n in range(2, 6)]
-QUOTES, PUNCTUATION = str.maketrans("", "", "\"/\\'"), str.maketrans("", "", ".,?;*!%^&_+():<=>@[]{}")
+STYLES = {  # whose cleaning -> (old, new, times)
+    "iu_x_ray": (("..", ".", 3),),
+    "mimic_cxr": (("\n", " ", 1), ("__", "_", 7), ("  ", " ", 6), ("..", ".", 8)),
+}
+ENUMERATION = (
+    [("1. ", "")]
+    + [(f". {n}. ", ". ") for n in range(2, 6)]
+    + [(f" {n}. ", ". ") for n in range(2, 6)]
+)
+QUOTES = str.maketrans("", "", "\"/\\'")
+PUNCTUATION = str.maketrans("", "", ".,?;*!%^&_+():<=>@[]{}")
+
 
 def clean_report(
-    report: str, # as the radiologist wrote it
+    report: str,  # as the radiologist wrote it
     style: str,  # whose cleaning: "iu_x_ray" or "mimic_cxr"
-) -> str:        # lower case, sentences ended by " ."
+) -> str:  # lower case, sentences ended by " ."
     "Clean `report` as Chen et al. (2020) do; raises `ValueError` for an unknown `style`."
-    if style not in STYLES: raise ValueError(f"unknown style {style!r}: choose from {', '.join(STYLES)}")
+    if style not in STYLES:
+        raise ValueError(f"unknown style {style!r}: choose from {', '.join(STYLES)}")
     for old, new, times in STYLES[style]:
-        for _ in range(times): report = report.replace(old, new)
-    for old, new in ENUMERATION: report = report.replace(old, new)
+        for _ in range(times):
+            report = report.replace(old, new)
+    for old, new in ENUMERATION:
+        report = report.replace(old, new)
     sentences = report.strip().lower().split(". ")
     return " . ".join(s.translate(QUOTES).strip().translate(PUNCTUATION) for s in sentences) + " ."
 
 # %% ../nbs/00d_data.ipynb #00d-015
 UNKNOWN = "<unk>"
 
+
 class Labels:
     "Turn reports into labels; without a `style` a label is the report as written."
 
-    def __init__(self,
-        train_reports: Iterable[str], # as written; the vocabulary is made of them alone
-        style: str | None = None,     # whose cleaning: "iu_x_ray", "mimic_cxr" or None
-        threshold: int = 3,           # words seen less often in training are unknown
-        max_length: int = 60,         # one more than the words that are kept
+    def __init__(
+        self,
+        train_reports: Iterable[str],  # as written; the vocabulary is made of them alone
+        style: str | None = None,  # whose cleaning: "iu_x_ray", "mimic_cxr" or None
+        threshold: int = 3,  # words seen less often in training are unknown
+        max_length: int = 60,  # one more than the words that are kept
     ):
-        self.style, self.max_length = style, max_length
-        counts = Counter(w for r in train_reports for w in clean_report(r, style).split()) if style else {}
-        words = {w for w, n in counts.items() if n >= threshold} | ({UNKNOWN} if style else set())
-        self.vocabulary = tuple(sorted(words)) # of a label as written: empty, as any word may occur
+        self.style = style
+        self.max_length = max_length
+        words = set()  # of a label as written: none, as any word may occur
+        if style:
+            counts = Counter(w for r in train_reports for w in clean_report(r, style).split())
+            words = {w for w, n in counts.items() if n >= threshold} | {UNKNOWN}
+        self.vocabulary = tuple(sorted(words))
         self._known = frozenset(words)
 
     def __call__(self, report: str) -> str:
         "Return the label of `report`."
-        if self.style is None: return report.strip()
-        words = clean_report(report, self.style).split()[:self.max_length - 1]
+        if self.style is None:
+            return report.strip()
+        words = clean_report(report, self.style).split()[: self.max_length - 1]
         return " ".join(w if w in self._known else UNKNOWN for w in words)
 
 # %% ../nbs/00d_data.ipynb #00d-019
-PROFILES = {"chen": {"iu_x_ray": (3, 60), "mimic_cxr": (3, 60)},
-            "r2gen": {"iu_x_ray": (3, 60), "mimic_cxr": (10, 100)}} # (threshold, max_length)
+PROFILES = {  # style -> (threshold, max_length)
+    "chen": {"iu_x_ray": (3, 60), "mimic_cxr": (3, 60)},
+    "r2gen": {"iu_x_ray": (3, 60), "mimic_cxr": (10, 100)},
+}
+
 
 def make_labels(
     task: Task,
-    train_reports: Iterable[str], # as written
+    train_reports: Iterable[str],  # as written
 ) -> Labels:
     "Make the labels of `task.profile`."
-    if task.profile == "raw": return Labels(train_reports)
+    if task.profile == "raw":
+        return Labels(train_reports)
     threshold, max_length = PROFILES[task.profile][task.style]
     return Labels(train_reports, task.style, threshold, max_length)
 
 # %% ../nbs/00d_data.ipynb #00d-024
 def _corner(width: int, height: int, size: int, train: bool) -> tuple[int, int]:
-    "Return left and top of a square: drawn as `RandomCrop` does (top first, and only where there is a choice), or central."
-    if not train: return round((width - size)/2), round((height - size)/2)
-    top, left = (int(torch.randint(0, side - size + 1, ())) if side > size else 0 for side in (height, width))
+    "Return left and top of a square: drawn as `RandomCrop` does, or central."
+    if not train:
+        return round((width - size) / 2), round((height - size) / 2)
+    # the top first, and each only where there is a choice
+    top, left = (
+        int(torch.randint(0, side - size + 1, ())) if side > size else 0 for side in (height, width)
+    )
     return left, top
 
 # %% ../nbs/00d_data.ipynb #00d-026
 def transform_image(
-    image: Image.Image, # mode "L" or "RGB"
-    resize: int,        # short side in pixels before the crop
-    size: int,          # side of the square in pixels
-    rotation: float,    # degrees at most, in training
-    train: bool,        # crop and rotate at random, or (False) take the middle
-) -> Tensor:            # (1, size, size) where the image is grey, else (3, size, size); uint8
+    image: Image.Image,  # mode "L" or "RGB"
+    resize: int,  # short side in pixels before the crop
+    size: int,  # side of the square in pixels
+    rotation: float,  # degrees at most, in training
+    train: bool,  # crop and rotate at random, or (False) take the middle
+) -> Tensor:  # (1, size, size) where the image is grey, else (3, size, size); uint8
     "Make the published transform of an image, up to `normalise`."
-    if min(image.size) != resize: image = resize_image(image, [resize])
+    if min(image.size) != resize:
+        image = resize_image(image, [resize])
     left, top = _corner(*image.size, size, train)
     image = image.crop((left, top, left + size, top + size))
-    if train and rotation: image = image.rotate(torch.empty(1).uniform_(-rotation, rotation).item(), fillcolor=0) # to the nearest pixel
+    if train and rotation:
+        degrees = torch.empty(1).uniform_(-rotation, rotation).item()
+        image = image.rotate(degrees, fillcolor=0)  # to the nearest pixel
     pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous() # (H, W) or (H, W, 3) -> (C, H, W)
+    if pixels.ndim == 2:
+        return pixels[None]  # (H, W) -> (1, H, W)
+    return pixels.permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+
 
 def image_transform(
     task: Task,  # its `resize`, `image_size` and `rotation`
-    train: bool, # augment?
-) -> Callable[[Image.Image], Tensor]: # see `transform_image`
+    train: bool,  # augment?
+) -> Callable[[Image.Image], Tensor]:  # see `transform_image`
     "Make the transform of a task."
-    return partial(transform_image, resize=task.resize, size=task.image_size, rotation=task.rotation, train=train)
+    return partial(
+        transform_image,
+        resize=task.resize,
+        size=task.image_size,
+        rotation=task.rotation,
+        train=train,
+    )
 
 # %% ../nbs/00d_data.ipynb #00d-032
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225) # ImageNet's
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's
+STD = (0.229, 0.224, 0.225)  # ImageNet's
+
 
 def normalise(
-    pixels: Tensor, # (..., 1, H, W) or (..., 3, H, W) uint8
-    mean: tuple[float, ...] = MEAN, # of red, green and blue
-    std: tuple[float, ...] = STD,   # likewise
-) -> Tensor:        # (..., 3, H, W) float32
+    pixels: Tensor,  # (..., 1, H, W) or (..., 3, H, W) uint8
+    mean: tuple[float, ...] = MEAN,  # of red, green and blue
+    std: tuple[float, ...] = STD,  # of red, green and blue
+) -> Tensor:  # (..., 3, H, W) float32
     "Scale pixels to 0..1, subtract the mean, divide by the standard deviation."
-    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (mean, std)) # (3, 1, 1)
-    return (pixels/255 - mean)/std # one channel is broadcast to three
+    mean, std = (torch.tensor(v, device=pixels.device) for v in (mean, std))  # (3,)
+    # with (3, 1, 1): one channel is broadcast to three
+    return (pixels / 255 - mean[:, None, None]) / std[:, None, None]
 
 # %% ../nbs/00d_data.ipynb #00d-036
 @contextmanager
 def random_numbers_of(
-    *numbers: int, # not negative; here the seed, the epoch and the index of a study
+    *numbers: int,  # not negative; here the seed, the epoch and the index of a study
 ):
-    "Make torch's random numbers on the CPU depend on `numbers` alone, and leave its generator as it was."
-    generator = torch.default_generator # torch.manual_seed would seed the GPUs, too, and with them dropout
+    "Make torch's random numbers on the CPU depend on `numbers` alone; then restore its generator."
+    # torch.manual_seed would seed the GPUs, too, and with them dropout
+    generator = torch.default_generator
     state = generator.get_state()
     generator.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
-    try: yield
-    finally: generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
 
 # %% ../nbs/00d_data.ipynb #00d-041
 class ImageFolder:
-    "Open the images of a folder: those of its cache, or plain files, of which the first are held in memory."
+    "Open the images of a folder, from its cache or plain files; the first files stay in memory."
 
-    def __init__(self,
+    def __init__(
+        self,
         folder: str | Path,  # that paths are relative to
         limit: int = 2**28,  # bytes held at most: the demo takes 67 MB
     ):
-        self.folder, self.left, self._held = Path(folder), limit, {}
+        self.folder = Path(folder)
+        self.left = limit
+        self._held = {}
         self.cache = ImageCache(folder) if ImageCache.is_in(folder) else None
 
-    def __call__(self, path: str) -> Image.Image: # mode "L" or "RGB"
+    def __call__(self, path: str) -> Image.Image:  # mode "L" or "RGB"
         "Return the image at `path`; raises `DataError` that names it, what is wrong and the mend."
-        if self.cache is not None: return self.cache(path)
-        if path in self._held: return self._held[path]
-        image = open_image(self.folder/path)
-        size = image.width*image.height*len(image.getbands())
+        if self.cache is not None:
+            return self.cache(path)
+        if path in self._held:
+            return self._held[path]
+        image = open_image(self.folder / path)
+        size = image.width * image.height * len(image.getbands())
         if size <= self.left and get_worker_info() is None:
-            self._held[path], self.left = image, self.left - size
+            self._held[path] = image
+            self.left -= size
         return image
 
 # %% ../nbs/00d_data.ipynb #00d-044
 @dataclass(frozen=True, eq=False)
 class TextLists:
     "Hold a list of texts for each study, packed; `TextLists.pack(lists)` makes it."
+
     texts: Texts
-    starts: np.ndarray # (studies + 1,): those of study i are `texts[starts[i]]` and so on
+    starts: np.ndarray  # (studies + 1,): those of study i are `texts[starts[i]]` and so on
 
     @classmethod
     def pack(cls, lists: list[Sequence[str]]) -> "TextLists":
-        return cls(Texts.pack(t for texts in lists for t in texts), np.cumsum([0, *map(len, lists)]))
+        starts = np.cumsum([0, *map(len, lists)])
+        return cls(Texts.pack(t for texts in lists for t in texts), starts)
 
-    def __len__(self) -> int: return len(self.starts) - 1
+    def __len__(self) -> int:
+        return len(self.starts) - 1
 
-    def __getitem__(self, i: int) -> list[str]: return [self.texts[j] for j in range(self.starts[i], self.starts[i + 1])]
+    def __getitem__(self, i: int) -> list[str]:
+        return [self.texts[j] for j in range(self.starts[i], self.starts[i + 1])]
 
 # %% ../nbs/00d_data.ipynb #00d-048
 def same_channels(
-    images: list[Tensor], # each (..., 1, H, W) or (..., 3, H, W)
-) -> list[Tensor]:        # each (..., C, H, W): 1 where all are grey
+    images: list[Tensor],  # each (..., 1, H, W) or (..., 3, H, W)
+) -> list[Tensor]:  # each (..., C, H, W): 1 where all are grey
     "Give grey images three channels where others have them."
     most = max(i.shape[-3] for i in images)
     return [i.expand(*i.shape[:-3], most, *i.shape[-2:]) for i in images]
@@ -191,16 +244,21 @@ def same_channels(
 class ReportDataset(Dataset):
     "Hold studies as pixels and labels; raises `DataError` where an image cannot be read."
 
-    def __init__(self,
+    def __init__(
+        self,
         studies: list[Study],
-        image_folder: str | Path,                # that image paths are relative to, or of their cache
-        transform: Callable[[Image.Image], Tensor], # image -> (C, H, W) uint8
-        label: Callable[[str], str] = str.strip, # report -> label, such as `Labels`
-        seed: int = 0,                           # of the augmentation
-        draw: bool = False,                      # one of several reports at random, or (False) the first
+        image_folder: str | Path,  # that image paths are relative to, or of their cache
+        transform: Callable[[Image.Image], Tensor],  # image -> (C, H, W) uint8
+        label: Callable[[str], str] = str.strip,  # report -> label, such as `Labels`
+        seed: int = 0,  # of the augmentation
+        draw: bool = False,  # one of several reports at random, or (False) the first
     ):
-        self.transform, self.label, self.seed, self.draw = transform, label, seed, draw
-        self.images, self.paths = ImageFolder(image_folder), TextLists.pack([s.image_path for s in studies])
+        self.transform = transform
+        self.label = label
+        self.seed = seed
+        self.draw = draw
+        self.images = ImageFolder(image_folder)
+        self.paths = TextLists.pack([s.image_path for s in studies])
         self.reports = TextLists.pack([s.references for s in studies])
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -208,36 +266,48 @@ class ReportDataset(Dataset):
         "Choose the random numbers of an epoch."
         self._epoch.fill_(epoch)
 
-    def __len__(self) -> int: return len(self.paths)
+    def __len__(self) -> int:
+        return len(self.paths)
 
-    def __getitem__(self, i: int) -> dict: # pixel_values (V, C, H, W) uint8, label
+    def __getitem__(self, i: int) -> dict:  # pixel_values (V, C, H, W) uint8, label
         return read_study(self, i)
 
 # %% ../nbs/00d_data.ipynb #00d-050
 def read_study(
     dataset: ReportDataset,
-    i: int, # of the study
+    i: int,  # of the study
 ) -> dict:  # pixel_values (V, C, H, W) uint8, label
     "Read a study's images and choose its label; raises `DataError`."
     reports = dataset.reports[i]
     with random_numbers_of(dataset.seed, int(dataset._epoch), i):
         views = [dataset.transform(dataset.images(path)) for path in dataset.paths[i]]
         chosen = int(torch.randint(len(reports), ())) if dataset.draw and len(reports) > 1 else 0
-    pixels = torch.stack(same_channels(views)) if len(views) > 1 else views[0][None] # (V, C, H, W); one is not copied
+    pixels = views[0][None]  # (1, C, H, W): one view is not copied
+    if len(views) > 1:
+        pixels = torch.stack(same_channels(views))  # (V, C, H, W)
     return {"pixel_values": pixels, "label": dataset.label(reports[chosen])}
 
 # %% ../nbs/00d_data.ipynb #00d-058
 def collate(
-    items: list[dict],                                # of a `ReportDataset`
-    tokenize: Callable[[list[str]], dict] | None = None, # labels -> tensors that the model is trained with, such as `tokenize_reports`
-) -> dict: # pixel_values (B, C, H, W) or (B, V, C, H, W) uint8; view_mask (B, V) bool where V differs; what `tokenize` returns
-    "Make a batch of studies; the model normalises its pixels."
+    items: list[dict],  # of a `ReportDataset`
+    tokenize: Callable[[list[str]], dict] | None = None,  # labels -> tensors to train with
+) -> dict:  # pixel_values, view_mask where V differs, and what `tokenize` returns
+    """Make a batch of studies; the model normalises its pixels.
+
+    `pixel_values` are (B, C, H, W) or (B, V, C, H, W) uint8, `view_mask` is (B, V) bool;
+    `tokenize` is such as `tokenize_reports`.
+    """
     views = [len(item["pixel_values"]) for item in items]
-    pixels = torch.cat(same_channels([item["pixel_values"] for item in items])) # B times (V, C, H, W) -> (all images, C, H, W)
-    if max(views) > 1: pixels = pad_sequence(pixels.split(views), batch_first=True) # (B, V, C, H, W)
+    pixels = same_channels([item["pixel_values"] for item in items])  # B times (V, C, H, W)
+    pixels = torch.cat(pixels)  # (all images, C, H, W)
+    if max(views) > 1:
+        pixels = pad_sequence(pixels.split(views), batch_first=True)  # (B, V, C, H, W)
     batch = {"pixel_values": pixels}
-    if min(views) < max(views): batch["view_mask"] = torch.arange(max(views)) < torch.tensor(views)[:, None] # (B, V)
-    return batch | (tokenize([item["label"] for item in items]) if tokenize else {})
+    if min(views) < max(views):
+        batch["view_mask"] = torch.arange(max(views)) < torch.tensor(views)[:, None]  # (B, V)
+    if not tokenize:
+        return batch
+    return batch | tokenize([item["label"] for item in items])
 
 # %% ../nbs/00d_data.ipynb #00d-066
 def _write(ax: plt.Axes, text: str) -> None:
@@ -245,48 +315,64 @@ def _write(ax: plt.Axes, text: str) -> None:
     lines = textwrap.wrap(" ".join(text.split()), 48, max_lines=14, placeholder=" ...")
     ax.text(0, 1, "\n".join(lines), va="top", fontsize=8, transform=ax.transAxes, parse_math=False)
 
+# %% ../nbs/00d_data.ipynb #00d-066a
 def show_studies(
     studies: list[Study],
-    image_folder: str | Path,                # that image paths are relative to
-    generated: dict[str, str] | None = None, # id -> report of a model, set beside the study's own
+    image_folder: str | Path,  # that image paths are relative to
+    generated: dict[str, str] | None = None,  # id -> report of a model, set beside the study's own
 ) -> plt.Figure:
-    "Draw each study as a row: its images, its report and, where given, what a model wrote; raises `DataError` for a bad image, `ValueError` for other ids."
+    """Draw each study as a row: its images, its report and, where given, what a model wrote.
+
+    Raises `DataError` for a bad image, `ValueError` for other ids.
+    """
     if generated and not any(s.id in generated for s in studies):
         other, wanted = next(iter(generated)), studies[0].id
         raise ValueError(
             f"generated has ids such as {other!r}, not {wanted!r}: ids are text "
             "(pandas reads them so by dtype=str)"
         )
-    views, titles = max(len(s.image_path) for s in studies), ["Reference", "Generated"] if generated else ["Report"]
-    ratios, images = [1]*views + [1.5]*len(titles), ImageFolder(image_folder)
-    fig, axes = plt.subplots(len(studies), len(ratios), figsize=(2*sum(ratios), 2.1*len(studies)), dpi=72,
-                             squeeze=False, width_ratios=ratios, layout="constrained")
-    for title, ax in zip(titles, axes[0, views:]): ax.set_title(title, fontsize=9, loc="left")
-    for study, row in zip(studies, axes):
-        for ax in row: ax.axis("off")
-        for path, ax in zip(study.image_path, row): ax.imshow(ImageOps.pad(images(path), (256, 256)), cmap="gray", vmin=0, vmax=255)
-        for text, ax in zip((study.report, (generated or {}).get(study.id, "")), row[views:]): _write(ax, text)
+    views = max(len(s.image_path) for s in studies)
+    titles = ["Reference", "Generated"] if generated else ["Report"]
+    ratios = [1] * views + [1.5] * len(titles)
+    images = ImageFolder(image_folder)
+    size = (2 * sum(ratios), 2.1 * len(studies))  # inches
+    panels = dict(squeeze=False, width_ratios=ratios, layout="constrained")
+    fig, axes = plt.subplots(len(studies), len(ratios), figsize=size, dpi=72, **panels)
+    for title, ax in zip(titles, axes[0, views:], strict=True):
+        ax.set_title(title, fontsize=9, loc="left")
+    for study, row in zip(studies, axes, strict=True):
+        for ax in row:
+            ax.axis("off")
+        for path, ax in zip(study.image_path, row, strict=False):  # some have fewer views
+            ax.imshow(ImageOps.pad(images(path), (256, 256)), cmap="gray", vmin=0, vmax=255)
+        texts = [study.report]
+        if generated:
+            texts.append(generated.get(study.id, ""))
+        for text, ax in zip(texts, row[views:], strict=True):
+            _write(ax, text)
     return fig
 
 # %% ../nbs/00d_data.ipynb #00d-084
 def copies_of_training(
-    reports: Iterable[str],       # to be looked up
-    train_reports: Iterable[str], # as written in training
-) -> list[bool]: # of each of `reports`
-    "Tell which reports some training report repeats word for word; spaces and line ends do not count."
+    reports: Iterable[str],  # to be looked up
+    train_reports: Iterable[str],  # as written in training
+) -> list[bool]:  # of each of `reports`
+    "Tell which reports stand in training word for word; spaces and line ends do not count."
     known = {" ".join(r.split()) for r in train_reports}
     return [" ".join(r.split()) in known for r in reports]
 
 # %% ../nbs/00d_data.ipynb #00d-089
 def texts_of(
     studies: Iterable[Study],
-) -> list[str]: # all references, as written
+) -> list[str]:  # all references, as written
     "Return the reports of studies, each of several references as one."
     return [report for s in studies for report in s.references]
+
 
 def _words(report: str, labels: Labels) -> list[str]:
     "Return the words of a report as `labels` counts them, before it cuts and replaces any."
     return (clean_report(report, labels.style) if labels.style else report).split()
+
 
 def _report_row(reports: list[str], labels: Labels, train: list[str]) -> dict:
     "Describe the reports of one split; `train` are the labels of training."
@@ -294,85 +380,138 @@ def _report_row(reports: list[str], labels: Labels, train: list[str]) -> dict:
     made = [labels(r) for r in reports]
     kept = max(sum(len(m.split()) for m in made), 1)
     unknown = sum(m.split().count(UNKNOWN) for m in made) if labels.style else 0
-    return {"reports": len(reports), "distinct": len(set(made)), "median": int(np.median(words)), "95 %": int(np.quantile(words, .95)), "most": words.max(),
-            "cut": np.mean(words >= labels.max_length) if labels.style else 0.0, "unknown": unknown/kept, "copies": np.mean(copies_of_training(made, train))}
+    return {
+        "reports": len(reports),
+        "distinct": len(set(made)),
+        "median": int(np.median(words)),
+        "95 %": int(np.quantile(words, 0.95)),
+        "most": words.max(),
+        "cut": np.mean(words >= labels.max_length) if labels.style else 0.0,
+        "unknown": unknown / kept,
+        "copies": np.mean(copies_of_training(made, train)),
+    }
 
 # %% ../nbs/00d_data.ipynb #00d-090
 def report_table(
-    studies: dict[str, list[Study]], # of each split
-    labels: Labels,                  # the profile to describe
-) -> pd.DataFrame: # a row a split: reports, distinct labels; median, 95 % and most words; shares of labels cut, of words unknown, of labels that a training report has, too
-    "Describe the reports of each split that has any, as `labels` makes them."
+    studies: dict[str, list[Study]],  # of each split
+    labels: Labels,  # the profile to describe
+) -> pd.DataFrame:  # a row a split
+    """Describe the reports of each split that has any, as `labels` makes them.
+
+    Columns: reports, distinct labels; median, 95 % and most words; shares of labels cut, of
+    words unknown, of labels that a training report has, too (`copies`).
+    """
     train = [labels(r) for r in texts_of(studies.get("train", ()))]
-    rows = {split: _report_row(texts_of(found), labels, train) for split, found in studies.items() if found}
+    rows = {
+        split: _report_row(texts_of(found), labels, train)
+        for split, found in studies.items()
+        if found
+    }
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("split")
-    if train: table.loc["train", "copies"] = np.nan # of itself
+    if train:
+        table.loc["train", "copies"] = np.nan  # of itself
     return table
 
 # %% ../nbs/00d_data.ipynb #00d-101
-WORD = re.compile(r"\w+(?:[-'’]\w+)*") # of any script
+WORD = re.compile(r"\w+(?:[-'’]\w+)*")  # of any script
+
 
 def word_counts(
-    reports: Iterable[str],   # as written
-    style: str | None = None, # whose cleaning: "iu_x_ray", "mimic_cxr"; None: lower-cased words without punctuation
-) -> Counter: # word -> how often it occurs
-    "Count the words of reports."
-    words = (lambda r: clean_report(r, style).split()) if style else (lambda r: WORD.findall(r.lower()))
-    return Counter(w for r in reports for w in words(r))
+    reports: Iterable[str],  # as written
+    style: str | None = None,  # whose cleaning: "iu_x_ray", "mimic_cxr" or None
+) -> Counter:  # word -> how often it occurs
+    "Count the words of reports; without a `style`, lower-cased words without punctuation."
+    counts = Counter()
+    for report in reports:
+        if style:
+            counts.update(clean_report(report, style).split())
+        else:
+            counts.update(WORD.findall(report.lower()))
+    return counts
+
 
 def unknown_by_threshold(
     counts: dict[str, Counter],  # of each split, as `word_counts` makes them; "train" among them
     thresholds: Iterable[int] = (1, 2, 3, 5, 7, 10, 15, 20),
-) -> pd.DataFrame: # a row a threshold: size of the vocabulary, and the share of each split's words that are not in it
+) -> pd.DataFrame:  # a row a threshold: words in the vocabulary; share of a split's words not in it
     "Show what a vocabulary of words seen at least so often in training leaves unknown."
     rows = {}
     for least in thresholds:
         known = {w for w, n in counts["train"].items() if n >= least}
-        missed = {split: sum(n for w, n in c.items() if w not in known)/max(c.total(), 1) for split, c in counts.items()}
+        missed = {
+            split: sum(n for w, n in c.items() if w not in known) / max(c.total(), 1)
+            for split, c in counts.items()
+        }
         rows[least] = {"vocabulary": len(known)} | missed
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("threshold")
 
 # %% ../nbs/00d_data.ipynb #00d-110
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=。)|\n{2,}")
 
+
 def split_sentences(
     report: str,  # as written
-) -> list[str]:   # lower case, without the full stop and needless spaces
+) -> list[str]:  # lower case, without the full stop and needless spaces
     "Split a report into its sentences; what has no letter, such as the number of an item, is none."
     pieces = (" ".join(s.lower().split()).rstrip(".!?。 ") for s in SENTENCE_END.split(report))
     return [s for s in pieces if any(c.isalpha() for c in s)]
 
+
 def most_frequent_sentences(
     reports: Iterable[str],
-    n: int | None = None, # so many; None: all
-) -> pd.DataFrame: # sentence; share of the reports that have it; share of all words that it and those above are
-    "List the sentences of reports, the most frequent first."
+    n: int | None = None,  # so many; None: all
+) -> pd.DataFrame:  # sentence, times, reports, words
+    """List the sentences of reports, the most frequent first.
+
+    `reports` is the share of the reports that have a sentence, `words` the share of all words
+    that it and those above are.
+    """
     reports = list(reports)
-    counts, having = Counter(), Counter()
+    counts = Counter()
+    having = Counter()  # reports that have the sentence
     for report in reports:
-        counts.update(sentences := split_sentences(report))
+        sentences = split_sentences(report)
+        counts.update(sentences)
         having.update(set(sentences))
-    words = np.array([len(s.split())*k for s, k in counts.most_common()])
+    words = np.array([len(s.split()) * k for s, k in counts.most_common()])
     table = pd.DataFrame(counts.most_common(n), columns=["sentence", "times"])
-    table["reports"] = [having[s]/len(reports) for s in table.sentence]
-    table["words"] = (words.cumsum()/max(words.sum(), 1))[:len(table)]
+    table["reports"] = [having[s] / len(reports) for s in table.sentence]
+    table["words"] = (words.cumsum() / max(words.sum(), 1))[: len(table)]
     return table
 
 # %% ../nbs/00d_data.ipynb #00d-117
 FINDING_WORDS = {
-    "cardiomegaly": r"cardiomegaly|cardiac enlargement|enlargement of the (?:heart|cardiac)|enlarged (?:heart|cardiac)|(?:heart|cardiac) (?:\w+ ){0,4}enlarged",
-    "pleural effusion": r"effusions?|pleural fluid", "pneumothorax": r"pneumothora(?:x|ces)|pneumothoraxes",
-    "opacity": r"opacit(?:y|ies)|opacification|infiltrates?", "consolidation": r"consolidat(?:ions?|ive|ed)", "pneumonia": r"pneumonias?",
-    "edema": r"o?edema", "atelectasis": r"atelecta(?:sis|ses|tic)", "emphysema": r"emphysema(?:tous)?|hyperinflat(?:ed|ion)",
-    "fracture": r"fractur(?:es?|ed)", "nodule": r"nodul(?:es?|ar)", "mass": r"mass(?:es)?", "endotracheal tube": r"endotracheal|intubated|ett",
-    "central line": r"(?:central|jugular|subclavian|picc) (?:venous )?(?:lines?|catheters?)|picc|port-a-cath", "pacemaker": r"pacemakers?|pacer|icd|defibrillator"}
+    "cardiomegaly": r"cardiomegaly|cardiac enlargement|enlargement of the (?:heart|cardiac)|"
+    r"enlarged (?:heart|cardiac)|(?:heart|cardiac) (?:\w+ ){0,4}enlarged",
+    "pleural effusion": r"effusions?|pleural fluid",
+    "pneumothorax": r"pneumothora(?:x|ces)|pneumothoraxes",
+    "opacity": r"opacit(?:y|ies)|opacification|infiltrates?",
+    "consolidation": r"consolidat(?:ions?|ive|ed)",
+    "pneumonia": r"pneumonias?",
+    "edema": r"o?edema",
+    "atelectasis": r"atelecta(?:sis|ses|tic)",
+    "emphysema": r"emphysema(?:tous)?|hyperinflat(?:ed|ion)",
+    "fracture": r"fractur(?:es?|ed)",
+    "nodule": r"nodul(?:es?|ar)",
+    "mass": r"mass(?:es)?",
+    "endotracheal tube": r"endotracheal|intubated|ett",
+    "central line": r"(?:central|jugular|subclavian|picc) (?:venous )?(?:lines?|catheters?)|"
+    r"picc|port-a-cath",
+    "pacemaker": r"pacemakers?|pacer|icd|defibrillator",
+}
 FINDING = re.compile(r"\b(?:" + "|".join(f"({words})" for words in FINDING_WORDS.values()) + r")\b")
 CLAUSE_END = re.compile(r"[.;:](?!\d)|\b(?:but|however|although|though|except)\b")
-DENIED_BEFORE = re.compile(r"\b(?:no(?! (?:\w+ ){0,3}change)|not|without|free of|negative for|absence of|nor|neither)\b")
-DENIED_AFTER = re.compile(r"\bnot (?:\w+ ){0,2}(?:seen|present|identified|evident|noted|visualized|detected|demonstrated)\b|\b(?:absent|resolved|ruled out)\b")
+DENIED_BEFORE = re.compile(
+    r"\b(?:no(?! (?:\w+ ){0,3}change)|not|without|free of|negative for|absence of|nor|neither)\b"
+)
+DENIED_AFTER = re.compile(
+    r"\bnot (?:\w+ ){0,2}"
+    r"(?:seen|present|identified|evident|noted|visualized|detected|demonstrated)\b|"
+    r"\b(?:absent|resolved|ruled out)\b"
+)
 
 # %% ../nbs/00d_data.ipynb #00d-118
-@lru_cache(maxsize=2**17) # clauses repeat
+@lru_cache(maxsize=2**17)  # clauses repeat
 def _findings_of(clause: str) -> tuple[tuple[int, bool], ...]:
     "Return (number of the finding, stated or not) for each mention in a clause."
     found = []
@@ -381,11 +520,14 @@ def _findings_of(clause: str) -> tuple[tuple[int, bool], ...]:
         found.append((m.lastindex - 1, not denied))
     return tuple(found)
 
+
 def find_findings(
-    report: str,        # as written
-) -> dict[str, bool]:   # finding -> True where it is stated at least once, False where it is only denied
+    report: str,  # as written
+) -> dict[str, bool]:  # finding -> True where it is stated at least once, False where only denied
     "Say which of `FINDING_WORDS` a report speaks of, by a simple rule."
-    found, names = {}, tuple(FINDING_WORDS)
+    found = {}
+    names = tuple(FINDING_WORDS)
     for clause in CLAUSE_END.split(" ".join(report.lower().split())):
-        for i, stated in _findings_of(clause.strip()): found[names[i]] = found.get(names[i], False) or stated
+        for i, stated in _findings_of(clause.strip()):
+            found[names[i]] = found.get(names[i], False) or stated
     return found

@@ -25,28 +25,35 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGExtended12Bit, RLELossless
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGExtended12Bit,
+    RLELossless,
+)
 
 from .tasks import DataError, Problem
 
 # %% ../nbs/00ba_images.ipynb #00ba-007
 def scale_to_8_bit(
-    pixels: np.ndarray,        # (H, W) or (H, W, 3), any number type
+    pixels: np.ndarray,  # (H, W) or (H, W, 3), any number type
     low: float | None = None,  # what becomes black; None: the least value
-    high: float | None = None, # what becomes white; None: the greatest value
-) -> np.ndarray:               # uint8, of the shape of `pixels`
-    "Map the range of `pixels` to 8 bits; what lies outside is cut off, what is not a number becomes 0."
+    high: float | None = None,  # what becomes white; None: the greatest value
+) -> np.ndarray:  # uint8, of the shape of `pixels`
+    "Map a range of `pixels` to 8 bits; cut off what lies outside, make 0 of what is no number."
     pixels = np.where(np.isfinite(pixels), pixels, np.nan).astype(np.float64)
-    if np.isnan(pixels).all(): return np.zeros(pixels.shape, np.uint8)
-    low, high = np.nanmin(pixels) if low is None else low, np.nanmax(pixels) if high is None else high
-    scaled = (pixels - low)*(255/((high - low) or 1))
+    if np.isnan(pixels).all():
+        return np.zeros(pixels.shape, np.uint8)
+    low = np.nanmin(pixels) if low is None else low
+    high = np.nanmax(pixels) if high is None else high
+    scaled = (pixels - low) * (255 / ((high - low) or 1))
     return np.nan_to_num(scaled).clip(0, 255).round().astype(np.uint8)
 
 # %% ../nbs/00ba_images.ipynb #00ba-068
 def _true_tiff_values(
-    values: np.ndarray, # (H, W), as Pillow has them
-    tags: dict,         # of the TIFF file, by number
-) -> np.ndarray:        # (H, W), with their signs; a greater value is brighter
+    values: np.ndarray,  # (H, W), as Pillow has them
+    tags: dict,  # of the TIFF file, by number
+) -> np.ndarray:  # (H, W), with their signs; a greater value is brighter
     "Undo what Pillow leaves undone: signed bytes, unsigned 32 bits, white that is zero."
     bits = tags.get(BITSPERSAMPLE, (1,))[0]
     sample_format = tags.get(SAMPLEFORMAT, (1,))[0]  # 1: unsigned, 2: signed, 3: float
@@ -60,15 +67,16 @@ def _true_tiff_values(
 
 # %% ../nbs/00ba_images.ipynb #00ba-011
 def _is_grey(
-    image: Image.Image, # mode "RGB"
+    image: Image.Image,  # mode "RGB"
 ) -> bool:
     "Tell whether red, green and blue are equal in every pixel."
     red, green, blue = image.split()
     return all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue))
 
+
 def to_8_bit(
-    image: Image.Image, # in any of Pillow's modes
-) -> Image.Image:       # the same picture: mode "L" where it is grey, else "RGB"
+    image: Image.Image,  # in any of Pillow's modes
+) -> Image.Image:  # the same picture: mode "L" where it is grey, else "RGB"
     "Make `image` 8-bit grey or RGB: more bits are scaled by range, transparency laid on black."
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     image = ImageOps.exif_transpose(image)
@@ -79,19 +87,22 @@ def to_8_bit(
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-    if image.mode in ("L", "1"): return image.convert("L")
+    if image.mode in ("L", "1"):
+        return image.convert("L")
     image = image.convert("RGB")
     return image.getchannel(0) if _is_grey(image) else image
 
 # %% ../nbs/00ba_images.ipynb #00ba-015
 def is_blank(
-    image: Image.Image, # 8-bit, mode "L" or "RGB"
+    image: Image.Image,  # 8-bit, mode "L" or "RGB"
 ) -> bool:
     "Tell whether all pixels of `image` are equal."
     return image.getcolors(1) is not None
 
 # %% ../nbs/00ba_images.ipynb #00ba-019
-MIN_SIDE, MAX_PIXELS = 16, 80_000_000 # below Pillow's own limit (89 million), which only warns
+MIN_SIDE = 16
+MAX_PIXELS = 80_000_000  # below Pillow's own limit (89 million), which only warns
+
 
 class BadImage(ValueError):
     "Say why a file that can be read holds no radiograph, and the mend."
@@ -101,40 +112,50 @@ class BadImage(ValueError):
         self.what = what
         self.mend = mend
 
+
 def check_size(
     width: int,  # in pixels
-    height: int, # likewise
+    height: int,  # in pixels
 ) -> None:
     "Raise `BadImage` for a size that no radiograph has."
-    if min(width, height) < MIN_SIDE or width*height > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels", f"Sides must be {MIN_SIDE} pixels or more, {MAX_PIXELS:,} pixels in all at most.")
+    if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
+        raise BadImage(
+            f"{width} x {height} pixels",
+            f"Sides must be {MIN_SIDE} pixels or more, {MAX_PIXELS:,} pixels in all at most.",
+        )
 
 # %% ../nbs/00ba_images.ipynb #00ba-100
 def _diagnose(path: Path, error: Exception) -> tuple[str, str]:
     "Turn what a decoder raised over `path` into (what is wrong, how to mend it)."
-    again, smaller = "Fetch or write it again.", f"Shrink it below {MAX_PIXELS:,} pixels."
-    if not path.exists(): return "missing", "Fetch it, or correct 'image_path' in the annotation."
-    if path.is_file() and not path.stat().st_size: return "empty file", again
-    if isinstance(error, BadImage): return error.what, error.mend
-    if isinstance(error, Image.DecompressionBombError): return "far too many pixels", smaller
-    if isinstance(error, Image.UnidentifiedImageError): return "not an image that Pillow or pydicom can read", "Convert it to PNG or JPEG."
+    again = "Fetch or write it again."
+    if not path.exists():
+        return "missing", "Fetch it, or correct 'image_path' in the annotation."
+    if path.is_file() and not path.stat().st_size:
+        return "empty file", again
+    if isinstance(error, BadImage):
+        return error.what, error.mend
+    if isinstance(error, Image.DecompressionBombError):
+        return "far too many pixels", f"Shrink it below {MAX_PIXELS:,} pixels."
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image that Pillow or pydicom can read", "Convert it to PNG or JPEG."
     return f"damaged or not to be read ({type(error).__name__}: {error})", again
 
 # %% ../nbs/00ba_images.ipynb #00ba-020
 @contextmanager
 def _problem_of(
-    path: Path, # of the file that is read within the context
+    path: Path,  # of the file that is read within the context
 ):
     "Turn whatever is raised over `path` into a `DataError` with one problem."
     try:
-        if path.exists() and not path.is_file(): raise BadImage("not a file", "Name an image.") # a pipe would be waited for
+        if path.exists() and not path.is_file():
+            raise BadImage("not a file", "Name an image.")  # a pipe would be waited for
         yield
-    except Exception as e: # decoders raise what they like
+    except Exception as e:  # decoders raise what they like
         raise DataError([Problem("", str(path), *_diagnose(path, e))]) from e
 
 # %% ../nbs/00ba_images.ipynb #00ba-072
 def _check_picture(
-    image: Image.Image, # opened, not yet decoded
+    image: Image.Image,  # opened, not yet decoded
 ) -> None:
     "Raise `BadImage` unless `image` is one image of a sensible size whose black is known."
     check_size(*image.size)
@@ -154,27 +175,31 @@ def _check_picture(
 # %% ../nbs/00ba_images.ipynb #00ba-023
 CORRECT = "Correct the element (pydicom can), or export the file again."
 
+
 def _number(
     file: Dataset,
-    name: str,          # of an element that holds numbers
-) -> float | None:      # the first of them; None where the element is missing or empty
+    name: str,  # of an element that holds numbers
+) -> float | None:  # the first of them; None where the element is missing or empty
     "Read a number from the header; raises `BadImage` for what is none."
-    if name not in file or file[name].is_empty: return None
+    if name not in file or file[name].is_empty:
+        return None
     value = file[name].value
     if file[name].VM > 1:
         value = value[0]
-    try: number = float(value)
-    except (TypeError, ValueError): number = np.nan
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = np.nan
     if not np.isfinite(number):
         raise BadImage(f"DICOM whose {name} is '{value}', which is no number", CORRECT)
     return number
 
 # %% ../nbs/00ba_images.ipynb #00ba-078
 def _look_up(
-    values: np.ndarray, # of numbers
-    table: Dataset,     # an item of a look-up table sequence
-    file: Dataset,      # which holds the table
-) -> tuple[np.ndarray, float, float]: # what the table has for `values`, its least, its greatest
+    values: np.ndarray,  # of numbers
+    table: Dataset,  # an item of a look-up table sequence
+    file: Dataset,  # which holds the table
+) -> tuple[np.ndarray, float, float]:  # what the table has for `values`, its least, its greatest
     "Apply a look-up table (PS3.3 C.11.1.1); values beyond its ends take its end."
     for name, count in (("LUTDescriptor", 3), ("LUTData", 1)):
         if name not in table or table[name].is_empty or np.size(table[name].value) < count:
@@ -196,27 +221,27 @@ def _look_up(
 
 # %% ../nbs/00ba_images.ipynb #00ba-082
 def _modality_values(
-    values: np.ndarray, # as stored
+    values: np.ndarray,  # as stored
     file: Dataset,
-) -> np.ndarray:        # in the unit that a window or a table is in
+) -> np.ndarray:  # in the unit that a window or a table is in
     "Apply the modality step of a DICOM image (PS3.3 C.11.1)."
     if tables := file.get("ModalityLUTSequence"):
         return _look_up(values, tables[0], file)[0]
     slope = _number(file, "RescaleSlope")
     intercept = _number(file, "RescaleIntercept")
     if slope is not None:
-        values = values*slope
+        values = values * slope
     if intercept is not None:
         values = values + intercept
     return values
 
 # %% ../nbs/00ba_images.ipynb #00ba-085
 def _window(
-    values: np.ndarray, # after the modality step
-    center: float,      # in their unit
-    width: float,       # likewise, above 0
-    function: str,      # "LINEAR", "LINEAR_EXACT" or "SIGMOID"
-) -> np.ndarray:        # float, from 0 (black) to 1 (white)
+    values: np.ndarray,  # after the modality step
+    center: float,  # in their unit
+    width: float,  # in their unit, above 0
+    function: str,  # "LINEAR", "LINEAR_EXACT" or "SIGMOID"
+) -> np.ndarray:  # float, from 0 (black) to 1 (white)
     "Apply a window (PS3.3 C.11.2.1.2 and C.11.2.1.3); raises `BadImage` for an unknown `function`."
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         raise BadImage(f"DICOM whose VOILUTFunction is '{function}', which is unknown", CORRECT)
@@ -226,18 +251,18 @@ def _window(
     if width == 0:
         return (values > center).astype(np.float64)
     with np.errstate(over="ignore"):  # far outside of a narrow window
-        distance = (values - center)/width
+        distance = (values - center) / width
     if function == "SIGMOID":
-        return (1 + np.tanh(2*distance))/2  # = 1/(1 + exp(-4*distance)), which would overflow
+        return (1 + np.tanh(2 * distance)) / 2  # = 1/(1 + exp(-4*distance)), which would overflow
     return (distance + 0.5).clip(0, 1)
 
 # %% ../nbs/00ba_images.ipynb #00ba-024
 def _grey_levels(
-    values: np.ndarray,    # (N,), as stored: all whole numbers from the least to the greatest
-    seen: tuple[int, int], # the first and the last of `values` that are not padding
+    values: np.ndarray,  # (N,), as stored: all whole numbers from the least to the greatest
+    seen: tuple[int, int],  # the first and the last of `values` that are not padding
     file: Dataset,
-) -> np.ndarray:           # (N,) uint8: what is shown for each of them
-    "Apply the modality and VOI steps: what a window or a table spans, else the image, becomes 0 to 255."
+) -> np.ndarray:  # (N,) uint8: what is shown for each of them
+    "Apply the modality and VOI steps: 0 to 255 is what a window or a table spans, else the image."
     shown = _modality_values(values, file)
     center = _number(file, "WindowCenter")
     width = _number(file, "WindowWidth")
@@ -262,7 +287,8 @@ def _is_padding(
 ) -> np.ndarray | None:  # (H, W) bool; None where no pixel is padding, or all would be
     "Tell which `pixels` are padding (PS3.3 C.7.5.1.1.2)."
     padding = _number(file, "PixelPaddingValue")
-    if padding is None: return None
+    if padding is None:
+        return None
     limit = _number(file, "PixelPaddingRangeLimit")
     first, last = sorted((padding, padding if limit is None else limit))
     is_padding = (pixels >= first) & (pixels <= last)
@@ -270,9 +296,9 @@ def _is_padding(
 
 # %% ../nbs/00ba_images.ipynb #00ba-099
 def _show_grey(
-    pixels: np.ndarray, # (H, W), as stored
+    pixels: np.ndarray,  # (H, W), as stored
     file: Dataset,
-) -> Image.Image:       # mode "L"
+) -> Image.Image:  # mode "L"
     "Make the picture that a viewer shows of the pixels of a grey DICOM image."
     is_padding = _is_padding(pixels, file)
     inside = pixels if is_padding is None else pixels[~is_padding]
@@ -286,55 +312,72 @@ def _show_grey(
 
 # %% ../nbs/00ba_images.ipynb #00ba-089
 def _show(
-    pixels: np.ndarray, # (H, W) as stored, or (H, W, 3) in colour
+    pixels: np.ndarray,  # (H, W) as stored, or (H, W, 3) in colour
     file: Dataset,
-) -> Image.Image:       # 8-bit: mode "L", or "RGB" where the file is in colour
+) -> Image.Image:  # 8-bit: mode "L", or "RGB" where the file is in colour
     "Make the picture that a viewer shows of decoded DICOM pixels."
     bits = file.BitsStored
     if pixels.itemsize > 2:
-        what = f"{8*pixels.itemsize} bits a pixel"
+        what = f"{8 * pixels.itemsize} bits a pixel"
         raise BadImage(what, "Radiographs have 16 at most; is it one?")
     if file.PhotometricInterpretation == "PALETTE COLOR":
         pixels = apply_color_lut(pixels, file)
         bits = file.RedPaletteColorLookupTableDescriptor[2]
-    if pixels.ndim == 2: return _show_grey(pixels, file)
+    if pixels.ndim == 2:
+        return _show_grey(pixels, file)
     if pixels.itemsize > 1:
         pixels = (pixels >> max(bits - 8, 0)).astype(np.uint8)
     return to_8_bit(Image.fromarray(pixels))
 
 # %% ../nbs/00ba_images.ipynb #00ba-035
-DECODERS = ("pydicom", "pillow", "pylibjpeg") # in this order; not gdcm and pyjpegls, which do not outlive damaged files
+# in this order; not gdcm and pyjpegls, which do not outlive damaged files
+DECODERS = ("pydicom", "pillow", "pylibjpeg")
+
 
 def _plugins(
     file: Dataset,
-) -> list[str]: # names of pydicom's plugins; one empty name where nothing is compressed
-    "Find what decodes the pixels of `file`; raises `BadImage` that names the compression and what to install."
+) -> list[str]:  # names of pydicom's plugins; one empty name where nothing is compressed
+    "Find what decodes the pixels; raises `BadImage` with the compression and what to install."
     syntax = file.file_meta.TransferSyntaxUID
-    if not syntax.is_compressed or syntax.is_deflated: return [""]
-    try: available = get_decoder(syntax).available_plugins
-    except NotImplementedError: available = ()
-    found = [p for p in DECODERS if p in available
-             and not (p == "pylibjpeg" and syntax == RLELossless)                               # panics
-             and not (p == "pillow" and syntax == JPEGExtended12Bit and file.BitsStored != 8)]  # cannot
-    if found: return found
-    raise BadImage(f"compressed as {syntax.name}, which cannot be decoded here",
-                   "Install pylibjpeg, pylibjpeg-libjpeg and pylibjpeg-openjpeg (the extra 'dicom'), or decompress it (gdcmconv --raw, dcmdjpeg).")
+    if not syntax.is_compressed or syntax.is_deflated:
+        return [""]
+    try:
+        available = get_decoder(syntax).available_plugins
+    except NotImplementedError:
+        available = ()
+    unfit = set()
+    if syntax == RLELossless:
+        unfit.add("pylibjpeg")  # panics
+    if syntax == JPEGExtended12Bit and file.BitsStored != 8:
+        unfit.add("pillow")  # cannot
+    plugins = [name for name in DECODERS if name in available and name not in unfit]
+    if plugins:
+        return plugins
+    raise BadImage(
+        f"compressed as {syntax.name}, which cannot be decoded here",
+        "Install pylibjpeg, pylibjpeg-libjpeg and pylibjpeg-openjpeg (the extra 'dicom'), "
+        "or decompress it (gdcmconv --raw, dcmdjpeg).",
+    )
 
 # %% ../nbs/00ba_images.ipynb #00ba-037
-JPEG, JPEG_2000 = b"\xff\xd8", b"\xff\x4f\xff\x51" # how a stream begins
+# how a stream begins
+JPEG = b"\xff\xd8"
+JPEG_2000 = b"\xff\x4f\xff\x51"
+
 
 def _stream_size(
-    stream: bytes, # JPEG, JPEG-LS or JPEG 2000, from its first byte
-) -> tuple[int, int, int]: # width, height, and how many values a pixel has
+    stream: bytes,  # JPEG, JPEG-LS or JPEG 2000, from its first byte
+) -> tuple[int, int, int]:  # width, height, and how many values a pixel has
     "Read the size that a compressed stream claims."
     if stream[:4] == JPEG_2000:
         right, bottom, left, top = struct.unpack(">4I", stream[8:24])
         return right - left, bottom - top, int.from_bytes(stream[40:42], "big")
     place = 2
-    while stream[place] == 0xff:
-        marker, length = struct.unpack(">BH", stream[place + 1:place + 4])
-        if marker == 0xf7 or 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc): # start of frame
-            height, width, samples = struct.unpack(">HHB", stream[place + 5:place + 10])
+    while stream[place] == 0xFF:
+        marker, length = struct.unpack(">BH", stream[place + 1 : place + 4])
+        is_frame = 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
+        if is_frame or marker == 0xF7:  # the latter starts a frame of JPEG-LS
+            height, width, samples = struct.unpack(">HHB", stream[place + 5 : place + 10])
             return width, height, samples
         place += 2 + length
     raise ValueError("no size in the compressed stream")
@@ -342,27 +385,42 @@ def _stream_size(
 # %% ../nbs/00ba_images.ipynb #00ba-038
 def _decode(
     file: Dataset,
-) -> np.ndarray: # (H, W) as stored, or (H, W, 3)
+) -> np.ndarray:  # (H, W) as stored, or (H, W, 3)
     "Decode the pixels of `file`; raises `BadImage`, or whatever the decoders do."
-    plugins, syntax = _plugins(file), file.file_meta.TransferSyntaxUID
-    if not file.get("PixelData"): raise BadImage("DICOM whose pixels are missing: cut short, or a header alone", "Fetch or write it again.")
+    plugins = _plugins(file)
+    syntax = file.file_meta.TransferSyntaxUID
+    again = "Fetch or write it again."
+    if not file.get("PixelData"):
+        raise BadImage("DICOM whose pixels are missing: cut short, or a header alone", again)
     if syntax.is_encapsulated and syntax != RLELossless:
         stream = next(generate_frames(file.PixelData, number_of_frames=1))
-        if not stream.startswith((JPEG, JPEG_2000)): # JPEG 2000 in a box, over whose damage pydicom would never end
-            stream = stream[stream.index(JPEG_2000):]
+        if not stream.startswith((JPEG, JPEG_2000)):
+            # JPEG 2000 in a box, over whose damage pydicom would never end
+            stream = stream[stream.index(JPEG_2000) :]
             file.PixelData = encapsulate([stream])
         claimed = _stream_size(stream)
         if claimed != (file.Columns, file.Rows, file.SamplesPerPixel):
-            raise BadImage(f"compressed pixels of another size (width, height, colours: {claimed}) than the header's", "Fetch or write it again.")
+            raise BadImage(
+                f"compressed pixels of another size (width, height, colours: {claimed}) "
+                "than the header's",
+                again,
+            )
     for plugin in plugins[:-1]:
-        try: return pixel_array(file, decoding_plugin=plugin)
-        except Exception: pass # the next may read what this one cannot
+        try:
+            return pixel_array(file, decoding_plugin=plugin)
+        except Exception:
+            pass  # the next may read what this one cannot
     return pixel_array(file, decoding_plugin=plugins[-1])
 
 # %% ../nbs/00ba_images.ipynb #00ba-095
-REQUIRED = ( # one value each
-    "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated",
-    "BitsStored", "PixelRepresentation",
+REQUIRED = (  # one value each
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "BitsAllocated",
+    "BitsStored",
+    "PixelRepresentation",
 )
 
 # %% ../nbs/00ba_images.ipynb #00ba-096
@@ -408,46 +466,56 @@ def _check_header(file: Dataset) -> None:
 # %% ../nbs/00ba_images.ipynb #00ba-041
 def _read_dicom(path: Path, header_only: bool = False) -> FileDataset:
     "Read a DICOM file that holds one image; raises `BadImage`, or whatever pydicom does."
-    file = dcmread(path, stop_before_pixels=header_only, force=True) # force: also without the preamble
-    if not file.file_meta.get("TransferSyntaxUID"): # files from before there was one
-        file.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if file.original_encoding[0] else ExplicitVRLittleEndian
+    # force: also without the preamble
+    file = dcmread(path, stop_before_pixels=header_only, force=True)
+    if not file.file_meta.get("TransferSyntaxUID"):  # files from before there was one
+        is_implicit = file.original_encoding[0]
+        syntax = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
+        file.file_meta.TransferSyntaxUID = syntax
     _check_header(file)
     return file
 
 # %% ../nbs/00ba_images.ipynb #00ba-044
 def _is_dicom(path: Path) -> bool:
-    "Tell whether a file begins as DICOM does: with its preamble, or at once with a field of group 2 or 8."
-    with open(path, "rb") as f: head = f.read(132)
-    return head[128:] == b"DICM" or (len(head) == 132 and head[:2] in (b"\2\0", b"\x08\0") and head[3] == 0)
+    "Tell whether a file begins as DICOM: with its preamble, or with a field of group 2 or 8."
+    with open(path, "rb") as f:
+        head = f.read(132)
+    if head[128:] == b"DICM":
+        return True
+    return len(head) == 132 and head[:2] in (b"\2\0", b"\x08\0") and head[3] == 0
+
 
 def open_image(
-    path: str | Path,               # of an image file
-    least_side: int | None = None,  # decode a JPEG at a reduced scale that keeps this short side, in pixels; None: at full scale
-) -> Image.Image:                   # 8-bit, mode "L" (grey) or "RGB"
-    "Open and decode an image, also DICOM; raises `DataError` that names the file, what is wrong with it and the mend."
+    path: str | Path,  # of an image file
+    least_side: int | None = None,  # pixels; reduce a JPEG, but keep this short side; None: do not
+) -> Image.Image:  # 8-bit, mode "L" (grey) or "RGB"
+    "Open and decode an image, also DICOM; raises `DataError`: the file, what is wrong, the mend."
     with _problem_of(Path(path)):
         if _is_dicom(path):
             file = _read_dicom(path)
             return _show(_decode(file), file)
         with Image.open(path) as image:
             _check_picture(image)
-            if least_side: image.draft(image.mode, (least_side, least_side))
+            if least_side:
+                image.draft(image.mode, (least_side, least_side))
             return to_8_bit(image)
 
 # %% ../nbs/00ba_images.ipynb #00ba-046
 def open_visible(
-    path: str | Path,              # of an image file
-    least_side: int | None = None, # as `open_image` takes it
-) -> Image.Image:                  # 8-bit, mode "L" (grey) or "RGB"
-    "Open an image of a data set; raises `DataError` as `open_image` does, and for one that shows nothing."
+    path: str | Path,  # of an image file
+    least_side: int | None = None,  # as `open_image` takes it
+) -> Image.Image:  # 8-bit, mode "L" (grey) or "RGB"
+    "Open an image of a data set; raises `DataError` as `open_image` does, or for a blank one."
     image = open_image(path, least_side)
-    if is_blank(image): raise DataError([Problem("", str(path), "blank: it shows nothing", "Fetch it again, or remove it from the data set.")])
+    if is_blank(image):
+        mend = "Fetch it again, or remove it from the data set."
+        raise DataError([Problem("", str(path), "blank: it shows nothing", mend)])
     return image
 
 # %% ../nbs/00ba_images.ipynb #00ba-047
 def read_size(
-    path: str | Path, # of an image file
-) -> tuple[int, int]: # width and height in pixels
+    path: str | Path,  # of an image file
+) -> tuple[int, int]:  # width and height in pixels
     "Read the size in an image's header, which is fast; raises `DataError` as `open_image` does."
     with _problem_of(Path(path)):
         if _is_dicom(path):
@@ -459,8 +527,8 @@ def read_size(
 
 # %% ../nbs/00ba_images.ipynb #00ba-091
 def _picture_of_array(
-    array: np.ndarray, # (H, W), (H, W, 1) or (H, W, 3), bool, integers or floats
-) -> Image.Image:      # 8-bit, mode "L" or "RGB"
+    array: np.ndarray,  # (H, W), (H, W, 1) or (H, W, 3), bool, integers or floats
+) -> Image.Image:  # 8-bit, mode "L" or "RGB"
     "Make a picture of an array; raises `TypeError` for other types, `BadImage` for other shapes."
     if array.dtype.kind not in "biuf":
         raise TypeError(f"an array of {array.dtype} is no image: give bool, integers or floats")
@@ -473,7 +541,7 @@ def _picture_of_array(
         )
     check_size(array.shape[1], array.shape[0])
     if array.dtype == bool:
-        array = array.astype(np.uint8)*255
+        array = array.astype(np.uint8) * 255
     elif array.dtype.kind in "iu" and array.dtype != np.uint8:
         unsigned = f"u{array.itemsize}"  # a difference that overflowed is right in it
         array = scale_to_8_bit((array - array.min()).astype(unsigned))
@@ -483,13 +551,14 @@ def _picture_of_array(
 
 # %% ../nbs/00ba_images.ipynb #00ba-060
 def read_image(
-    image: Image.Image | np.ndarray | str | Path, # picture; (H, W), (H, W, 1) or (H, W, 3); path
-) -> Image.Image:                                 # 8-bit, mode "L" or "RGB"
+    image: Image.Image | np.ndarray | str | Path,  # picture; (H, W), (H, W, 1) or (H, W, 3); path
+) -> Image.Image:  # 8-bit, mode "L" or "RGB"
     "Get an image from what holds it; raises `TypeError`, `BadImage`, or for a file `DataError`."
     if isinstance(image, Image.Image):
         _check_picture(image)
         return to_8_bit(image)
-    if isinstance(image, np.ndarray): return _picture_of_array(image)
+    if isinstance(image, np.ndarray):
+        return _picture_of_array(image)
     if not isinstance(image, (str, Path)):
         raise TypeError(f"an image is a picture, an array or a path, not {type(image).__name__}")
     return open_image(image)
@@ -498,20 +567,27 @@ def read_image(
 FRONTAL = {"AP", "PA", "FRONTAL", "ANTEROPOSTERIOR", "POSTEROANTERIOR"}
 LATERAL = {"LL", "RL", "LAT", "LATERAL"}
 
+
 def view_name(
-    position: str, # what stands in ViewPosition, or a description in words
-) -> str:          # "frontal", "lateral", or "" where it is neither or not known
+    position: str,  # what stands in ViewPosition, or a description in words
+) -> str:  # "frontal", "lateral", or "" where it is neither or not known
     "Name the view that `position` describes."
     words = set(re.findall("[A-Z]+", position.upper().replace("-", "")))
-    frontal, lateral = words & FRONTAL, words & LATERAL and "DECUBITUS" not in words # "left lateral decubitus" is how the patient lies
-    if "OBLIQUE" in words or bool(frontal) == bool(lateral): return ""
+    frontal = bool(words & FRONTAL)
+    # "left lateral decubitus" is how the patient lies
+    lateral = bool(words & LATERAL) and "DECUBITUS" not in words
+    if "OBLIQUE" in words or frontal == lateral:
+        return ""
     return "frontal" if frontal else "lateral"
 
+
 def view_of(
-    source: Dataset | str | Path, # a DICOM data set, or the path of a DICOM file
-) -> str:                         # as `view_name` says
-    "Name the view of a DICOM image by its ViewPosition, else by its ViewCodeSequence; raises `DataError` for a file that cannot be read."
+    source: Dataset | str | Path,  # a DICOM data set, or the path of a DICOM file
+) -> str:  # as `view_name` says
+    "Name a DICOM view by ViewPosition, else ViewCodeSequence; raises `DataError` for a bad file."
     if not isinstance(source, Dataset):
-        with _problem_of(Path(source)): source = _read_dicom(Path(source), header_only=True)
+        with _problem_of(Path(source)):
+            source = _read_dicom(Path(source), header_only=True)
     codes = source.get("ViewCodeSequence") or [Dataset()]
-    return view_name(str(source.get("ViewPosition") or "")) or view_name(str(codes[0].get("CodeMeaning") or ""))
+    view = view_name(str(source.get("ViewPosition") or ""))
+    return view or view_name(str(codes[0].get("CodeMeaning") or ""))

@@ -37,94 +37,139 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from .images import view_name
-from .tasks import DataError, Problem, RawData, Study, across_studies, is_inside, read_annotation
+from cvt2distilgpt2.tasks import (
+    DataError,
+    Problem,
+    RawData,
+    Study,
+    across_studies,
+    is_inside,
+    read_annotation,
+)
 
 # %% ../nbs/00bc_iu.ipynb #00bc-009
 @dataclass(frozen=True)
 class Report:
-    "Hold one report of Open-i."
-    uid: str                # "CXR2384"
-    sections: dict[str, str] # by name: "findings", "impression", "indication", "comparison"; as written
-    images: tuple[str, ...] # names of the files without ".png", in the report's order
-    mesh: tuple[str, ...]   # headings that Open-i's coders gave it, such as "Spine/degenerative"
+    "Hold one report of Open-i, its texts as written."
+
+    uid: str  # "CXR2384"
+    sections: dict[str, str]  # by name: "findings", "impression", "indication", "comparison"
+    images: tuple[str, ...]  # names of the files without ".png", in the report's order
+    mesh: tuple[str, ...]  # headings that Open-i's coders gave it, such as "Spine/degenerative"
 
 # %% ../nbs/00bc_iu.ipynb #00bc-011
 def _parse_xml(xml: bytes) -> Element:
     "Parse a file that may be anything; raises `ValueError` that says what is wrong with it."
-    try: return fromstring(xml, forbid_dtd=True)
-    except DefusedXmlException: said = "declares entities, which may be an attack"
-    except (ParseError, ValueError, LookupError) as e: # ValueError, LookupError: encodings that expat does not know
-        try: xml.decode()
-        except UnicodeDecodeError as u: said = f"not UTF-8 (byte {u.start})"
-        else: said = f"not valid XML ({e})"
+    try:
+        return fromstring(xml, forbid_dtd=True)
+    except DefusedXmlException:
+        said = "declares entities, which may be an attack"
+    except (ParseError, ValueError, LookupError) as e:
+        # ValueError, LookupError: encodings that expat does not know
+        try:
+            xml.decode()
+        except UnicodeDecodeError as u:
+            said = f"not UTF-8 (byte {u.start})"
+        else:
+            said = f"not valid XML ({e})"
     raise ValueError(said)
+
 
 def _only(names: list[str], what: str) -> None:
     "Raise `ValueError` if a name occurs twice."
-    if twice := [n for n, k in Counter(names).items() if k > 1]: raise ValueError(f"{what} {twice[0]!r} occurs twice")
+    if twice := [n for n, k in Counter(names).items() if k > 1]:
+        raise ValueError(f"{what} {twice[0]!r} occurs twice")
 
 # %% ../nbs/00bc_iu.ipynb #00bc-012
 def parse_report(
-    xml: bytes, # one file of `ecgen-radiology/`
+    xml: bytes,  # one file of `ecgen-radiology/`
 ) -> Report:
     "Read one report; raises `ValueError` that says what is wrong with it."
     root = _parse_xml(xml)
     uids = [e.get("id", "") for e in root.iter("uId")]
-    if len(uids) != 1 or not re.fullmatch(r"CXR[0-9]+", uids[0]): raise ValueError("has no uId such as CXR2384")
-    texts = [(e.get("Label", "").lower(), "".join(e.itertext()).strip()) for e in root.iter("AbstractText")]
+    if len(uids) != 1 or not re.fullmatch(r"CXR[0-9]+", uids[0]):
+        raise ValueError("has no uId such as CXR2384")
+    texts = [
+        (e.get("Label", "").lower(), "".join(e.itertext()).strip())
+        for e in root.iter("AbstractText")
+    ]
     images = [e.get("id", "") for e in root.iter("parentImage")]
-    if wrong := [i for i in images if not re.fullmatch(r"CXR[\w-]+", i, re.ASCII)]: raise ValueError(f"{wrong[0]!r} cannot be an image's name")
+    if wrong := [i for i in images if not re.fullmatch(r"CXR[\w-]+", i, re.ASCII)]:
+        raise ValueError(f"{wrong[0]!r} cannot be an image's name")
     _only([name for name, _ in texts], "section")
     _only(images, "image")
-    return Report(uids[0], dict(texts), tuple(images), tuple(e.text for e in root.iter("major") if e.text))
+    mesh = tuple(e.text for e in root.iter("major") if e.text)
+    return Report(uids[0], dict(texts), tuple(images), mesh)
 
 # %% ../nbs/00bc_iu.ipynb #00bc-018
-MAX_FILE = 100_000_000 # bytes: more than any radiograph has
+MAX_FILE = 100_000_000  # bytes: more than any radiograph has
 
-def _foreign(member: tarfile.TarInfo) -> str: # "" if nothing is wrong
+
+def _foreign(member: tarfile.TarInfo) -> str:  # "" if nothing is wrong
     "Say why a member of an archive is not read."
-    if not member.isreg(): return "no plain file but a link, a folder or a device"
-    if not is_inside(member.name): return "its path leads out of the archive"
-    if not (member.name.isprintable() and len(member.name.encode()) < 200): return "no name that a file of Open-i has"
+    if not member.isreg():
+        return "no plain file but a link, a folder or a device"
+    if not is_inside(member.name):
+        return "its path leads out of the archive"
+    if not (member.name.isprintable() and len(member.name.encode()) < 200):
+        return "no name that a file of Open-i has"
     return f"{member.size:,} bytes, too many" if member.size > MAX_FILE else ""
 
+
+def _shown(path: Path, name: str) -> str:
+    "Write the place of an archive's member so that it can be printed, whatever its name."
+    return f"{path}/{name}".encode("utf-8", "backslashreplace").decode()[:300]
+
+# %% ../nbs/00bc_iu.ipynb #00bc-018a
 def read_archive(
-    path: Path,              # of a .tgz
-    suffix: str,             # of the files that are wanted: ".xml", ".png"
-    problems: list[Problem], # to which all is added that cannot be read
-) -> Iterator[tuple[str, bytes]]: # name without folder, content
+    path: Path,  # of a .tgz
+    suffix: str,  # of the files that are wanted: ".xml", ".png"
+    problems: list[Problem],  # to which all is added that cannot be read
+) -> Iterator[tuple[str, bytes]]:  # name without folder, content
     "Yield the files of an archive in its order."
-    shown = lambda name: f"{path}/{name}".encode("utf-8", "backslashreplace").decode()[:300]
+    again = "Fetch the archive from Open-i again."
     try:
         with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name).name
-                if not name.endswith(suffix) or name.startswith("._"): continue # ._: macOS' own
-                if wrong := _foreign(member): problems.append(Problem("", shown(member.name), wrong, "Fetch the archive from Open-i again."))
-                else: yield name, tar.extractfile(member).read()
-            if any(rest.strip(b"\0") for rest in iter(lambda: file.read(1 << 20), b"")): raise tarfile.ReadError("an entry is damaged")
+                if not name.endswith(suffix) or name.startswith("._"):
+                    continue  # ._: macOS' own
+                if wrong := _foreign(member):
+                    problems.append(Problem("", _shown(path, member.name), wrong, again))
+                else:
+                    yield name, tar.extractfile(member).read()
+            rest = iter(lambda: file.read(1 << 20), b"")
+            if any(chunk.strip(b"\0") for chunk in rest):
+                raise tarfile.ReadError("an entry is damaged")
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as e:
-        problems.append(Problem("", str(path), f"cut short or damaged ({e})", "Fetch it again; `download_openi` checks that it is whole."))
+        what = f"cut short or damaged ({e})"
+        mend = "Fetch it again; `download_openi` checks that it is whole."
+        problems.append(Problem("", str(path), what, mend))
 
 # %% ../nbs/00bc_iu.ipynb #00bc-021
 def read_folder(
-    path: Path,              # of what an archive unpacks to
-    suffix: str,             # of the files that are wanted
-    problems: list[Problem], # to which all is added that cannot be read
-) -> Iterator[tuple[str, bytes]]: # name, content
+    path: Path,  # of what an archive unpacks to
+    suffix: str,  # of the files that are wanted
+    problems: list[Problem],  # to which all is added that cannot be read
+) -> Iterator[tuple[str, bytes]]:  # name, content
     "Yield the files of a folder."
     for file in sorted(path.glob(f"[!.]*{suffix}")):
         try:
-            if not file.is_file(): raise OSError("no file, or a link to nowhere")
-            if file.stat().st_size > MAX_FILE: raise OSError("too many bytes")
+            if not file.is_file():
+                raise OSError("no file, or a link to nowhere")
+            if file.stat().st_size > MAX_FILE:
+                raise OSError("too many bytes")
             yield file.name, file.read_bytes()
-        except OSError as e: problems.append(Problem("", str(file), f"cannot be read ({e})", "Unpack the archive again."))
+        except OSError as e:
+            problems.append(
+                Problem("", str(file), f"cannot be read ({e})", "Unpack the archive again.")
+            )
 
 # %% ../nbs/00bc_iu.ipynb #00bc-023
 def _single(
-    reports: list[tuple[str, Report]], # each with the place where it stands
-    problems: list[Problem],           # to which doubled reports and images are added
-) -> list[Report]:                     # by number
+    reports: list[tuple[str, Report]],  # each with the place where it stands
+    problems: list[Problem],  # to which doubled reports and images are added
+) -> list[Report]:  # by number
     "Keep the reports that share neither their number nor an image with another."
     uids = Counter(r.uid for _, r in reports)
     images = Counter(i for _, r in reports for i in r.images)
@@ -140,9 +185,9 @@ def _single(
 
 # %% ../nbs/00bc_iu.ipynb #00bc-023a
 def read_reports(
-    path: Path,              # of `NLMCXR_reports.tgz`, or of the folder with its .xml files
-    problems: list[Problem], # to which all is added that cannot be read
-) -> list[Report]:           # by number; those with a problem are left out
+    path: Path,  # of `NLMCXR_reports.tgz`, or of the folder with its .xml files
+    problems: list[Problem],  # to which all is added that cannot be read
+) -> list[Report]:  # by number; those with a problem are left out
     "Read all reports."
     reports = []
     read = read_folder if path.is_dir() else read_archive
@@ -155,104 +200,165 @@ def read_reports(
     return _single(reports, problems)
 
 # %% ../nbs/00bc_iu.ipynb #00bc-027
-REPORTS, IMAGES = "NLMCXR_reports.tgz", "NLMCXR_png.tgz" # the archives' names on Open-i
-GET = ("Fetch it with `download_openi`, or have the reports without their images: "
-       "`pip install --no-deps torchxrayvision` (28 MB; its own requirements are not needed).")
+REPORTS, IMAGES = "NLMCXR_reports.tgz", "NLMCXR_png.tgz"  # the archives' names on Open-i
+GET = (
+    "Fetch it with `download_openi`, or have the reports without their images: "
+    "`pip install --no-deps torchxrayvision` (28 MB; its own requirements are not needed)."
+)
 
-def packaged(name: str) -> Path | None: # None where the package is not installed
+
+def packaged(name: str) -> Path | None:  # None where the package is not installed
     "Find a data file of `torchxrayvision` without importing it."
     spec = find_spec("torchxrayvision")
-    places = [Path(p)/"data"/name for p in spec.submodule_search_locations or ()] if spec else []
-    return next((p for p in places if p.is_file()), None)
+    if not spec:
+        return None
+    paths = [Path(p) / "data" / name for p in spec.submodule_search_locations or ()]
+    return next((p for p in paths if p.is_file()), None)
+
+# %% ../nbs/00bc_iu.ipynb #00bc-027a
+_UNPACKED = ("ecgen-radiology", "NLMCXR_reports/ecgen-radiology", "NLMCXR_reports", ".")
+
 
 def find_reports(
-    folder: Path | None, # where Open-i's files lie; None: take the package's reports
-) -> Path:               # of an archive, or of a folder with .xml files
+    folder: Path | None,  # where Open-i's files lie; None: take the package's reports
+) -> Path:  # of an archive, or of a folder with .xml files
     "Find the reports; raises `DataError` that says how to get them."
-    if folder and not folder.is_dir(): raise DataError([Problem("", str(folder), "no such folder", "Name the one with Open-i's files.")])
-    places = [folder/p for p in ("ecgen-radiology", "NLMCXR_reports/ecgen-radiology", "NLMCXR_reports", ".")] if folder else []
-    if unpacked := next((p for p in places if any(p.glob("[0-9]*.xml"))), None): return unpacked
-    if folder and (folder/REPORTS).is_file(): return folder/REPORTS
-    if found := packaged(REPORTS): return found
-    raise DataError([Problem("", str(folder or REPORTS), f"neither {REPORTS} nor ecgen-radiology/ nor the package torchxrayvision", GET)])
+    if folder:
+        if not folder.is_dir():
+            mend = "Name the one with Open-i's files."
+            raise DataError([Problem("", str(folder), "no such folder", mend)])
+        for place in _UNPACKED:
+            if any((folder / place).glob("[0-9]*.xml")):
+                return folder / place
+        if (folder / REPORTS).is_file():
+            return folder / REPORTS
+    if archive := packaged(REPORTS):
+        return archive
+    what = f"neither {REPORTS} nor ecgen-radiology/ nor the package torchxrayvision"
+    raise DataError([Problem("", str(folder or REPORTS), what, GET)])
 
 # %% ../nbs/00bc_iu.ipynb #00bc-031
 SEEN = {"PA": "frontal", "L": "lateral"}
 
+
 def _column(file: str, name: str, meaning: Callable[[str], str]) -> dict[str, str]:
     "Read a column of one of the package's tables, by image."
-    if not (path := packaged(file)): return {}
+    if not (path := packaged(file)):
+        return {}
     with gzip.open(path, "rt", encoding="utf-8", newline="") as table:
         return {row["imageid"]: meaning(row[name]) for row in csv.DictReader(table)}
 
-def read_views() -> tuple[dict[str, str], dict[str, str]]: # by image: the view as seen, the view as its header says
+
+def read_views() -> tuple[dict[str, str], dict[str, str]]:  # by image: view as seen; as in header
     "Read what `torchxrayvision` knows of the views; empty where it is not installed."
-    return _column("nlmcxr_tsne_pa.csv.gz", "tsne-view", lambda seen: SEEN.get(seen, "")), _column("nlmcxr_dicom_metadata.csv.gz", "View Position", view_name)
+    seen = _column("nlmcxr_tsne_pa.csv.gz", "tsne-view", lambda view: SEEN.get(view, ""))
+    header = _column("nlmcxr_dicom_metadata.csv.gz", "View Position", view_name)
+    return seen, header
 
 # %% ../nbs/00bc_iu.ipynb #00bc-032
 def order_views(
-    images: tuple[str, ...], # of one study, in the report's order
-    seen: dict[str, str],    # by image, as `read_views` gives it
-    header: dict[str, str],  # likewise
-) -> list[tuple[str, str]]:  # image and view ("" if unknown); a frontal first and a lateral second, where there are such
+    images: tuple[str, ...],  # of one study, in the report's order
+    seen: dict[str, str],  # by image, as `read_views` gives it
+    header: dict[str, str],  # by image, as `read_views` gives it
+) -> list[tuple[str, str]]:  # image and view ("": unknown), if known a frontal and a lateral first
     "Sort the images of a study by what is known of their views."
-    views = [seen.get(i) or {"lateral": "lateral"}.get(header.get(i), "") for i in images]
-    if "lateral" in views: views = [v or header.get(i, "") for i, v in zip(images, views)]
-    known = sorted(zip(images, views), key=lambda pair: ("frontal", "", "lateral").index(pair[1]))
+    views = []
+    for image in images:
+        only_lateral = "lateral" if header.get(image) == "lateral" else ""
+        views.append(seen.get(image) or only_lateral)
+    if "lateral" in views:
+        views = [v or header.get(i, "") for i, v in zip(images, views, strict=True)]
+    order = ("frontal", "", "lateral")
+    known = sorted(zip(images, views, strict=True), key=lambda pair: order.index(pair[1]))
     lateral = next((pair for pair in known[1:] if pair[1] == "lateral"), None)
-    return [known[0], lateral, *(p for p in known[1:] if p != lateral)] if lateral else known
+    if lateral is None:
+        return known
+    return [known[0], lateral, *(p for p in known[1:] if p != lateral)]
 
 # %% ../nbs/00bc_iu.ipynb #00bc-037
-PROPORTIONS = {"train": 2069, "val": 296, "test": 590} # Chen et al.'s (2020), of 2,955 studies
+PROPORTIONS = {"train": 2069, "val": 296, "test": 590}  # Chen et al.'s (2020), of 2,955 studies
+
 
 def deal(
-    uids: list[str], # of all studies
+    uids: list[str],  # of all studies
     seed: int = 0,
-) -> dict[str, str]: # the split of each
+) -> dict[str, str]:  # the split of each
     "Deal studies out to training, validation and test in Chen et al.'s proportions."
     order = sorted(uids, key=lambda uid: hashlib.sha256(f"{seed} {uid}".encode()).digest())
     total = sum(PROPORTIONS.values())
-    n_train, n_val = (round(len(order)*PROPORTIONS[s]/total) for s in ("train", "val"))
-    return {uid: "train" if k < n_train else "val" if k < n_train + n_val else "test" for k, uid in enumerate(order)}
+    n_train = round(len(order) * PROPORTIONS["train"] / total)
+    n_val = round(len(order) * PROPORTIONS["val"] / total)
+    splits = ["train"] * n_train + ["val"] * n_val
+    splits += ["test"] * (len(order) - len(splits))
+    return dict(zip(order, splits, strict=True))
 
 # %% ../nbs/00bc_iu.ipynb #00bc-039
 def to_study(
     report: Report,
     split: str,
-    views: tuple[dict[str, str], dict[str, str]], # as `read_views` gives them
-) -> Study: # its report is the findings section; the other sections go into `extra`
+    views: tuple[dict[str, str], dict[str, str]],  # as `read_views` gives them
+) -> Study:  # its report is the findings section; the other sections go into `extra`
     "Make a study of a report; its images are named, not looked for."
     ordered = order_views(report.images, *views)
-    others = {name: text for name, text in report.sections.items() if name in ("indication", "comparison", "impression") and text}
-    if report.mesh: others["mesh"] = list(report.mesh)
+    others = {
+        name: text
+        for name, text in report.sections.items()
+        if name in ("indication", "comparison", "impression") and text
+    }
+    if report.mesh:
+        others["mesh"] = list(report.mesh)
     known = tuple(v for _, v in ordered) if any(views) else None
-    return Study(report.uid, report.sections["findings"], tuple(f"{i}.png" for i, _ in ordered), split, patient=report.uid, views=known, extra=others)
+    return Study(
+        report.uid,
+        report.sections["findings"],
+        tuple(f"{i}.png" for i, _ in ordered),
+        split,
+        patient=report.uid,
+        views=known,
+        extra=others,
+    )
 
+# %% ../nbs/00bc_iu.ipynb #00bc-039a
 def select(
     reports: list[Report],
-    counts: dict[str, int], # to which it is added how many were left out, and why
+    counts: dict[str, int],  # to which it is added how many were left out, and why
 ) -> list[Report]:
     "Keep the reports with findings and at least two images."
     with_findings = [r for r in reports if r.sections.get("findings")]
     kept = [r for r in with_findings if len(r.images) >= 2]
-    counts.update({"reports": len(reports), "without findings": len(reports) - len(with_findings),
-                   "with findings, but fewer than two images": len(with_findings) - len(kept), "selected": len(kept)})
+    counts.update(
+        {
+            "reports": len(reports),
+            "without findings": len(reports) - len(with_findings),
+            "with findings, but fewer than two images": len(with_findings) - len(kept),
+            "selected": len(kept),
+        }
+    )
     return kept
 
 # %% ../nbs/00bc_iu.ipynb #00bc-043
-STAMP = ".unpacked" # in a folder that was unpacked here: from which archive
+STAMP = ".unpacked"  # in a folder that was unpacked here: from which archive
+
 
 def _want_room(folder: Path, need: int, what: str) -> None:
     "Raise `DataError` unless the disk of `folder` has room for `need` bytes."
     free = shutil.disk_usage(folder).free
-    if need > free: raise DataError([Problem("", str(folder), f"{what} needs {need/1e9:.2f} GB, and the disk has {free/1e9:.2f} GB", "Make room, or use another disk.")])
+    if need > free:
+        message = f"{what} needs {need / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB"
+        mend = "Make room, or use another disk."
+        raise DataError([Problem("", str(folder), message, mend)])
+
 
 def _unpack(archive: Path, folder: Path, problems: list[Problem]) -> None:
     "Write the archive's images that are not in `folder` yet."
-    seen, packed = set(), read_archive(archive, ".png", problems)
+    seen = set()
+    part = folder / "unpacking.part"
+    packed = read_archive(archive, ".png", problems)
     for name, data in tqdm(packed, "unpacking", unit=" images", leave=False):
-        path, part = folder/name, folder/"unpacking.part"
-        if name in seen: problems.append(Problem("", f"{archive}/{name}", "is there twice", "Fetch the archive from Open-i again."))
+        path = folder / name
+        if name in seen:
+            mend = "Fetch the archive from Open-i again."
+            problems.append(Problem("", f"{archive}/{name}", "is there twice", mend))
         elif not (path.is_file() and path.stat().st_size == len(data)):
             part.write_bytes(data)
             part.replace(path)
@@ -260,32 +366,40 @@ def _unpack(archive: Path, folder: Path, problems: list[Problem]) -> None:
 
 # %% ../nbs/00bc_iu.ipynb #00bc-044
 def unpack_images(
-    archive: Path,           # `NLMCXR_png.tgz`
-    folder: Path,            # to unpack into; its parent is there
-    problems: list[Problem], # to which all is added that cannot be read
+    archive: Path,  # `NLMCXR_png.tgz`
+    folder: Path,  # to unpack into; its parent is there
+    problems: list[Problem],  # to which all is added that cannot be read
 ) -> None:
     "Unpack the images unless that is done already; raises `DataError` if they cannot be written."
-    stamp, stat = folder/STAMP, archive.stat()
-    what, before = f"{archive.name} {stat.st_size} {stat.st_mtime_ns}", len(problems)
-    if stamp.is_file() and stamp.read_text() == what: return
+    stamp = folder / STAMP
+    stat = archive.stat()
+    what = f"{archive.name} {stat.st_size} {stat.st_mtime_ns}"
+    before = len(problems)
+    if stamp.is_file() and stamp.read_text() == what:
+        return
     there = sum(p.stat().st_size for p in folder.glob("*.png") if p.is_file())
     _want_room(folder.parent, stat.st_size - there, f"unpacking {archive.name}")
     try:
         folder.mkdir(exist_ok=True)
-        with FileLock(folder/".lock"):
+        with FileLock(folder / ".lock"):
             stamp.write_text("being unpacked")
             _unpack(archive, folder, problems)
-            if len(problems) == before: stamp.write_text(what)
-    except OSError as e: raise DataError([Problem("", str(folder), f"cannot be written ({e})", f"Make room for {stat.st_size/1e9:.2f} GB, or unpack {archive.name} elsewhere yourself.")]) from e
+            if len(problems) == before:
+                stamp.write_text(what)
+    except OSError as e:
+        room = f"{stat.st_size / 1e9:.2f} GB"
+        mend = f"Make room for {room}, or unpack {archive.name} elsewhere yourself."
+        raise DataError([Problem("", str(folder), f"cannot be written ({e})", mend)]) from e
 
 # %% ../nbs/00bc_iu.ipynb #00bc-045c
 KAGGLE_REPORTS = "indiana_reports.csv"
 KAGGLE_IMAGES = "indiana_projections.csv"
 
+
 def _kaggle_rows(
     path: Path,
-    columns: tuple[str, ...], # that are needed
-) -> list[tuple[str, dict[str, str]]]: # each with its place
+    columns: tuple[str, ...],  # that are needed
+) -> list[tuple[str, dict[str, str]]]:  # each with its place
     "Read a table of Kaggle's copy; raises `DataError`."
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -303,12 +417,12 @@ def _kaggle_rows(
 # %% ../nbs/00bc_iu.ipynb #00bc-045e
 def _kaggle_images(
     folder: Path,
-    problems: list[Problem], # to which rows are added that name no image
-) -> tuple[dict[str, list[str]], dict[str, str]]: # names by report's number; views by name
+    problems: list[Problem],  # to which rows are added that name no image
+) -> tuple[dict[str, list[str]], dict[str, str]]:  # names by report's number; views by name
     "Read which images a report has, and their views."
     names = defaultdict(list)
     views = {}
-    rows = _kaggle_rows(folder/KAGGLE_IMAGES, ("uid", "filename", "projection"))
+    rows = _kaggle_rows(folder / KAGGLE_IMAGES, ("uid", "filename", "projection"))
     for place, row in rows:
         if not re.fullmatch(r"\w[\w.-]*\.png", row["filename"], re.ASCII):
             what = f"{row['filename']!r} cannot be an image's name"
@@ -322,14 +436,15 @@ def _kaggle_images(
 # %% ../nbs/00bc_iu.ipynb #00bc-045f
 KAGGLE_SECTIONS = ("findings", "impression", "indication", "comparison")
 
+
 def read_kaggle(
-    folder: Path,            # that holds the two tables
-    problems: list[Problem], # to which rows are added that cannot be read
-) -> tuple[list[Report], dict[str, str]]: # the reports by number; the view of each image
+    folder: Path,  # that holds the two tables
+    problems: list[Problem],  # to which rows are added that cannot be read
+) -> tuple[list[Report], dict[str, str]]:  # the reports by number; the view of each image
     "Read the reports of Kaggle's copy; raises `DataError` where a table cannot be read."
     names, views = _kaggle_images(folder, problems)
     reports = []
-    for place, row in _kaggle_rows(folder/KAGGLE_REPORTS, ("uid", "MeSH", *KAGGLE_SECTIONS)):
+    for place, row in _kaggle_rows(folder / KAGGLE_REPORTS, ("uid", "MeSH", *KAGGLE_SECTIONS)):
         number = row["uid"]
         if not re.fullmatch("[0-9]+", number):
             what = f"uid {number!r} is no number"
@@ -343,48 +458,73 @@ def read_kaggle(
 
 # %% ../nbs/00bc_iu.ipynb #00bc-048
 def chen_uid(
-    id: str, # of an entry in Chen et al.'s file, "CXR2384_IM-0942"
-) -> str:    # of the report on Open-i, "CXR2384"; "" if there is no telling
+    id: str,  # of an entry in Chen et al.'s file, "CXR2384_IM-0942"
+) -> str:  # of the report on Open-i, "CXR2384"; "" if there is no telling
     "Return the report that an entry stands for."
     found = re.match(r"CXR[0-9]+(?=_|$)", id)
     return found[0] if found else ""
 
+
 def compare(
-    studies: list[Study],    # of Chen et al.'s file
-    reports: list[Report],   # of Open-i
+    studies: list[Study],  # of Chen et al.'s file
+    reports: list[Report],  # of Open-i
     selected: list[Report],  # those among them that are selected here
 ) -> dict[str, int]:
     "Count what Chen et al.'s studies and those selected here have in common."
-    by_uid, chens = {r.uid: r for r in reports}, {chen_uid(s.id) for s in studies}
-    same = [s for s in studies if (r := by_uid.get(chen_uid(s.id))) and r.sections.get("findings", "").split() == s.report.split()]
-    return {"in Chen's file": len(studies), "of these selected here too": len(chens & {r.uid for r in selected}),
-            "of these with the findings that Open-i has": len(same), "selected here, not in Chen's file": len({r.uid for r in selected} - chens)}
+    by_uid = {r.uid: r for r in reports}
+    chens = {chen_uid(s.id) for s in studies}
+    ours = {r.uid for r in selected}
+    same = 0
+    for s in studies:
+        report = by_uid.get(chen_uid(s.id))
+        if report and report.sections.get("findings", "").split() == s.report.split():
+            same += 1
+    return {
+        "in Chen's file": len(studies),
+        "of these selected here too": len(chens & ours),
+        "of these with the findings that Open-i has": same,
+        "selected here, not in Chen's file": len(ours - chens),
+    }
 
 # %% ../nbs/00bc_iu.ipynb #00bc-049
 def map_chen(
-    studies: list[Study],    # of Chen et al.'s file
-    reports: list[Report],   # of Open-i
-    path: str,               # of the file, for the problems
-    problems: list[Problem], # to which entries are added that no report of Open-i answers to
+    studies: list[Study],  # of Chen et al.'s file
+    reports: list[Report],  # of Open-i
+    path: str,  # of the file, for the problems
+    problems: list[Problem],  # to which entries are added that no report of Open-i answers to
     counts: dict[str, int],  # to which it is added how far the images are certain
-    views: tuple[dict[str, str], dict[str, str]], # as `read_views` gives them
-) -> list[Study]:            # with Open-i's images; id, text and split as in the file
+    views: tuple[dict[str, str], dict[str, str]],  # as `read_views` gives them
+) -> list[Study]:  # with Open-i's images; id, text and split as in the file
     "Give Chen et al.'s studies the images of Open-i."
     by_uid = {r.uid: r for r in reports}
-    answered = [(s, by_uid[chen_uid(s.id)]) for s in studies if chen_uid(s.id) in by_uid]
-    problems += [Problem(s.id, path, "no report of Open-i has this number", "Use the file with its own images.") for s in studies if chen_uid(s.id) not in by_uid]
-    problems += [Problem(s.id, path, f"{r.uid} has {len(r.images)} images on Open-i", "Use the file with its own images.") for s, r in answered if not r.images]
-    mapped = [(s, to_study(r, s.split, views)) for s, r in answered if r.images]
-    counts["of these, unclear which two images Chen took"] = sum(len(o.image_path) > 2 for _, o in mapped)
-    mapped = [replace(s, image_path=o.image_path, views=o.views, patient=o.patient, extra={**o.extra, **s.extra}) for s, o in mapped]
+    mend = "Use the file with its own images."
+    answered = []
+    for s in studies:
+        if report := by_uid.get(chen_uid(s.id)):
+            answered.append((s, report))
+        else:
+            problems.append(Problem(s.id, path, "no report of Open-i has this number", mend))
+    mapped = []
+    unclear = 0
+    for s, report in answered:
+        if not report.images:
+            what = f"{report.uid} has 0 images on Open-i"
+            problems.append(Problem(s.id, path, what, mend))
+            continue
+        ours = to_study(report, s.split, views)
+        unclear += len(ours.image_path) > 2
+        extra = {**ours.extra, **s.extra}
+        changes = dict(image_path=ours.image_path, views=ours.views, patient=ours.patient)
+        mapped.append(replace(s, **changes, extra=extra))
+    counts["of these, unclear which two images Chen took"] = unclear
     return across_studies(mapped, path, problems)
 
 # %% ../nbs/00bc_iu.ipynb #00bc-052
 def _find_kaggle_images(folder: Path, problems: list[Problem]) -> Path | None:
     "Find the images of Kaggle's copy; None if there are none."
     for place in ("images/images_normalized", "images_normalized", "images", "."):
-        if any((folder/place).glob("*.dcm.png")):
-            return folder/place
+        if any((folder / place).glob("*.dcm.png")):
+            return folder / place
     mend = "Unpack Kaggle's images beside the tables."
     problems.append(Problem("", str(folder), "no images/images_normalized/*.dcm.png", mend))
     return None
@@ -392,157 +532,237 @@ def _find_kaggle_images(folder: Path, problems: list[Problem]) -> Path | None:
 # %% ../nbs/00bc_iu.ipynb #00bc-052b
 def _find_images(folder: Path, problems: list[Problem]) -> Path | None:
     "Find Open-i's images in `folder`, unpacked if need be; None if there are none."
-    if (folder/KAGGLE_REPORTS).is_file():
+    if (folder / KAGGLE_REPORTS).is_file():
         return _find_kaggle_images(folder, problems)
-    if any(folder.glob("CXR*.png")): return folder
-    unpacked = folder/"NLMCXR_png"
+    if any(folder.glob("CXR*.png")):
+        return folder
+    unpacked = folder / "NLMCXR_png"
     there = any(unpacked.glob("CXR*.png"))
-    if (folder/IMAGES).is_file() and (not there or (unpacked/STAMP).exists()): unpack_images(folder/IMAGES, unpacked, problems)
-    if there or any(unpacked.glob("CXR*.png")): return unpacked
-    problems.append(Problem("", str(folder), f"neither {IMAGES} nor NLMCXR_png/ with images", "Fetch them with `download_openi`, or leave the folder out to read reports only."))
+    if (folder / IMAGES).is_file() and (not there or (unpacked / STAMP).exists()):
+        unpack_images(folder / IMAGES, unpacked, problems)
+    if there or any(unpacked.glob("CXR*.png")):
+        return unpacked
+    what = f"neither {IMAGES} nor NLMCXR_png/ with images"
+    mend = "Fetch them with `download_openi`, or leave the folder out to read reports only."
+    problems.append(Problem("", str(folder), what, mend))
+    return None
+
 
 def _with_images(studies: list[Study], folder: Path, problems: list[Problem]) -> list[Study]:
     "Keep the studies all of whose images are there."
-    missing = {s.id: [p for p in s.image_path if not (folder/p).is_file()] for s in studies}
-    problems += [Problem(i, str(folder/p), "missing image", "Fetch or unpack the images again.") for i, paths in missing.items() for p in paths]
+    missing = {s.id: [p for p in s.image_path if not (folder / p).is_file()] for s in studies}
+    problems += [
+        Problem(i, str(folder / p), "missing image", "Fetch or unpack the images again.")
+        for i, paths in missing.items()
+        for p in paths
+    ]
     return [s for s in studies if not missing[s.id]]
 
-def _named_images(studies: list[Study], folder: Path | None, problems: list[Problem]) -> tuple[list[Study], Path]:
-    "Look for the images of Open-i that studies name; without a folder, take their names as they are."
-    if folder is None: return studies, Path("NLMCXR_png")
+
+def _named_images(
+    studies: list[Study], folder: Path | None, problems: list[Problem]
+) -> tuple[list[Study], Path]:
+    "Look for the images that studies name; without a folder, take their names as they are."
+    if folder is None:
+        return studies, Path("NLMCXR_png")
     place = _find_images(folder, problems)
-    return (_with_images(studies, place, problems), place) if place else ([], folder)
+    if place is None:
+        return [], folder
+    return _with_images(studies, place, problems), place
 
 # %% ../nbs/00bc_iu.ipynb #00bc-052a
 def _read_all(
     folder: Path | None,
     problems: list[Problem],
-) -> tuple[list[Report], tuple[dict[str, str], dict[str, str]]]: # views as `read_views` gives them
+) -> tuple[list[Report], tuple[dict[str, str], dict[str, str]]]:  # views as `read_views` gives them
     "Read all reports of Open-i's files or of Kaggle's; raises `DataError` where there are none."
-    if folder and (folder/KAGGLE_REPORTS).is_file():
+    if folder and (folder / KAGGLE_REPORTS).is_file():
         reports, views = read_kaggle(folder, problems)
         return reports, (views, {})
     return read_reports(find_reports(folder), problems), read_views()
 
 # %% ../nbs/00bc_iu.ipynb #00bc-053
-def _read_chen(path: Path, folder: Path | None, problems: list[Problem], counts: dict[str, int]) -> tuple[list[Study], Path]:
+def _read_chen(
+    path: Path, folder: Path | None, problems: list[Problem], counts: dict[str, int]
+) -> tuple[list[Study], Path]:
     "Read exactly the studies of Chen et al.'s file, with their images where they lie beside it."
     studies = [s for v in read_annotation(path, problems).values() for s in v]
-    own = path.parent/"images"
-    try: reports, views = _read_all(folder, problems)
-    except DataError: # their file and their images are enough
-        if folder or not own.is_dir(): raise
+    own = path.parent / "images"
+    try:
+        reports, views = _read_all(folder, problems)
+    except DataError:  # their file and their images are enough
+        if folder or not own.is_dir():
+            raise
         return _with_images(studies, own, problems), own
     counts.update(compare(studies, reports, select(reports, counts)))
-    if own.is_dir(): return _with_images(studies, own, problems), own
+    if own.is_dir():
+        return _with_images(studies, own, problems), own
     mapped = map_chen(studies, reports, str(path), problems, counts, views)
     return _named_images(mapped, folder, problems)
 
 # %% ../nbs/00bc_iu.ipynb #00bc-053a
 def read_iu(
-    folder: str | Path | None = None, # Open-i's or Kaggle's; None: `torchxrayvision`'s reports
-    chen: str | Path | None = None,   # Chen et al.'s `annotation.json`: exactly its studies and split; their `images/` beside it are used
-    seed: int = 0,                    # of our own split
-) -> RawData:                         # without a folder, its images are named but not there
-    "Read IU X-Ray; raises `DataError` if there is nothing to read. Single bad files are listed in `problems`."
-    problems, counts, folder = [], {}, None if folder is None else Path(folder)
-    if chen is not None: return RawData(*_read_chen(Path(chen), folder, problems, counts), problems, counts)
+    folder: str | Path | None = None,  # Open-i's or Kaggle's; None: `torchxrayvision`'s reports
+    chen: str | Path | None = None,  # Chen et al.'s `annotation.json`, for its studies and split
+    seed: int = 0,  # of our own split
+) -> RawData:  # without a folder, its images are named but not there
+    """Read IU X-Ray; raises `DataError` if there is nothing to read.
+
+    Single bad files are listed in `problems`. Of Chen et al., `images/` beside `chen` are used.
+    """
+    problems = []
+    counts = {}
+    folder = None if folder is None else Path(folder)
+    if chen is not None:
+        studies, place = _read_chen(Path(chen), folder, problems, counts)
+        return RawData(studies, place, problems, counts)
     reports, views = _read_all(folder, problems)
     chosen = select(reports, counts)
     splits = deal([r.uid for r in chosen], seed)
     counts[f"split: ours, seed {seed}; not Chen's"] = len(chosen)
-    return RawData(*_named_images([to_study(r, splits[r.uid], views) for r in chosen], folder, problems), problems, counts)
+    studies = [to_study(r, splits[r.uid], views) for r in chosen]
+    studies, place = _named_images(studies, folder, problems)
+    return RawData(studies, place, problems, counts)
 
 # %% ../nbs/00bc_iu.ipynb #00bc-061
 OPENI = "https://openi.nlm.nih.gov/imgs/collections/"
-LICENCE = ("IU X-Ray (Open-i, Indiana University) is licensed CC BY-NC-ND 4.0, https://creativecommons.org/licenses/by-nc-nd/4.0/: "
-           "name the source, nothing commercial, and do not pass on altered copies.")
-TIMEOUT, TRIES, PAUSE = 60, 6, 1.0 # seconds of silence that end a try; tries in a row that bring nothing new; seconds after the first, doubled each time
-AGAIN = (URLError, ConnectionError, TimeoutError, HTTPException, ssl.SSLError) # what another try may mend
+LICENCE = (
+    "IU X-Ray (Open-i, Indiana University) is licensed CC BY-NC-ND 4.0, "
+    "https://creativecommons.org/licenses/by-nc-nd/4.0/: "
+    "name the source, nothing commercial, and do not pass on altered copies."
+)
+TIMEOUT = 60  # seconds of silence that end a try
+TRIES = 6  # in a row that bring nothing new
+PAUSE = 1.0  # seconds after the first try, doubled each time
+# what another try may mend
+AGAIN = (URLError, ConnectionError, TimeoutError, HTTPException, ssl.SSLError)
+_LOOK_UP = "Look up the file's address on https://openi.nlm.nih.gov/faq"
+
 
 def _refuse(url: str, what: str, mend: str) -> DataError:
     "Make the error that ends a download."
     return DataError([Problem("", url, what, mend)])
 
+# %% ../nbs/00bc_iu.ipynb #00bc-061a
 def _request(url: str, start: int, version: str) -> HTTPResponse:
     "Ask for a file from byte `start` on; raises `DataError` where another try would not help."
     headers = {"User-Agent": "cvt2distilgpt2", "Accept-Encoding": "identity"}
-    if start: headers |= {"Range": f"bytes={start}-", "If-Range": version}
-    try: answer = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+    if start:
+        headers |= {"Range": f"bytes={start}-", "If-Range": version}
+    try:
+        answer = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as e:
-        if e.code in (408, 416, 429) or e.code >= 500: raise
-        raise _refuse(url, f"the server says {e.code} {e.reason}", "Look up the file's address on https://openi.nlm.nih.gov/faq.") from e
+        if e.code in (408, 416, 429) or e.code >= 500:
+            raise
+        raise _refuse(url, f"the server says {e.code} {e.reason}", f"{_LOOK_UP}.") from e
     if "html" in answer.headers.get("Content-Type", ""):
         answer.close()
-        raise _refuse(url, "a web page, not an archive", "Look up the file's address on https://openi.nlm.nih.gov/faq, or pass your network's sign-in page.")
+        mend = f"{_LOOK_UP}, or pass your network's sign-in page."
+        raise _refuse(url, "a web page, not an archive", mend)
     return answer
 
 # %% ../nbs/00bc_iu.ipynb #00bc-062
-def _version(answer: HTTPResponse) -> str: # "" if the server gives none
+def _version(answer: HTTPResponse) -> str:  # "" if the server gives none
     "Return what the server calls this version of the file."
     tag = answer.headers.get("ETag", "")
-    return tag if tag.startswith('"') else answer.headers.get("Last-Modified", "") # a weak tag (W/"...") does not promise equal bytes
+    if tag.startswith('"'):  # a weak tag (W/"...") does not promise equal bytes
+        return tag
+    return answer.headers.get("Last-Modified", "")
 
-def _begin(part: Path, answer: HTTPResponse) -> int: # the byte at which the answer starts
-    "Keep what is there if the answer goes on from it, else begin anew; raises `ConnectionError` if the answer fits neither."
-    version, there = part.with_name(f"{part.name}.version"), part.stat().st_size if part.exists() else 0
+
+def _begin(part: Path, answer: HTTPResponse) -> int:  # the byte at which the answer starts
+    """Keep what is there if the answer goes on from it, else start from the beginning.
+
+    Raises `ConnectionError` if the answer fits neither.
+    """
+    version = part.with_name(f"{part.name}.version")
+    there = part.stat().st_size if part.exists() else 0
     if answer.status == 206:
-        if _version(answer) in ("", version.read_text()) and answer.headers.get("Content-Range", "").startswith(f"bytes {there}-"): return there
+        same = _version(answer) in ("", version.read_text())
+        if same and answer.headers.get("Content-Range", "").startswith(f"bytes {there}-"):
+            return there
         part.unlink()
         raise ConnectionError("the file has changed on the server")
-    part.write_bytes(b"") # emptied before its version is noted: a kill between the two must not glue
+    part.write_bytes(b"")  # before its version is noted: a kill between the two must not glue
     version.write_text(_version(answer))
     return 0
 
 # %% ../nbs/00bc_iu.ipynb #00bc-063
 def _receive(url: str, part: Path) -> None:
-    "Try once to bring `part` to its end; raises one of `AGAIN`, `DataError` or `OSError` if it does not come to that."
-    version = part.with_name(f"{part.name}.version")
-    start = part.stat().st_size if part.exists() and version.exists() and version.read_text() else 0
-    with _request(url, start, version.read_text() if start else "") as answer:
-        start, rest = _begin(part, answer), answer.length # None where the server announces none
+    """Try once to bring `part` to its end.
+
+    Raises one of `AGAIN`, `DataError` or `OSError` if it does not come to that.
+    """
+    noted = part.with_name(f"{part.name}.version")
+    version = noted.read_text() if part.exists() and noted.exists() else ""
+    start = part.stat().st_size if version else 0
+    with _request(url, start, version) as answer:
+        start = _begin(part, answer)
+        rest = answer.length  # None where the server announces none
         _want_room(part.parent, rest or 0, url)
-        with open(part, "ab") as file, tqdm(desc=part.stem, initial=start, total=start + rest if rest else None, unit="B", unit_scale=True, leave=False) as bar:
-            while chunk := answer.read(1 << 16): bar.update(file.write(chunk))
+        total = start + rest if rest else None
+        form = dict(unit="B", unit_scale=True, leave=False)
+        with (
+            open(part, "ab") as file,
+            tqdm(desc=part.stem, initial=start, total=total, **form) as bar,
+        ):
+            while chunk := answer.read(1 << 16):
+                bar.update(file.write(chunk))
     size = part.stat().st_size
-    if rest and size != start + rest: raise ConnectionError(f"the line broke off after {size:,} of {start + rest:,} bytes")
+    if rest and size != total:
+        raise ConnectionError(f"the line broke off after {size:,} of {total:,} bytes")
 
 # %% ../nbs/00bc_iu.ipynb #00bc-065
 def _check_gzip(url: str, part: Path) -> None:
     "Read an archive to its end; removes it and raises `DataError` if it is damaged."
     try:
         with gzip.open(part) as file:
-            while file.read(1 << 20): pass
+            while file.read(1 << 20):
+                pass
     except (OSError, EOFError, zlib.error) as e:
         part.unlink()
-        raise _refuse(url, f"what came is no sound gzip archive ({e})", "Run it again: it begins anew.") from e
+        what = f"what came is no sound gzip archive ({e})"
+        raise _refuse(url, what, "Run it again: it begins anew.") from e
+
 
 def _fetch(url: str, path: Path) -> None:
     "Download a file; raises `DataError`."
-    part, most, vain = path.with_name(f"{path.name}.part"), 0, 0
+    part = path.with_name(f"{path.name}.part")
+    most = 0  # bytes that were there after the best try
+    vain = 0  # tries in a row that brought nothing new
     while True:
-        try: _receive(url, part); break
+        try:
+            _receive(url, part)
+            break
         except AGAIN as e:
-            if getattr(e, "code", 0) == 416: part.unlink(missing_ok=True) # there is no such rest: the file has changed
+            if getattr(e, "code", 0) == 416:
+                part.unlink(missing_ok=True)  # there is no such rest: the file has changed
             size = part.stat().st_size if part.exists() else 0
-            vain, most = (0, size) if size > most else (vain + 1, most)
-            if vain >= TRIES: raise _refuse(url, f"{TRIES} tries in a row brought nothing new ({e})", f"Run it again later: {size:,} bytes are kept.") from e
-            time.sleep(min(PAUSE*2**vain, 30*PAUSE))
-        except OSError as e: raise _refuse(str(part), f"cannot be written ({e})", "Make room, or download to another disk.") from e
+            vain = 0 if size > most else vain + 1
+            most = max(most, size)
+            if vain >= TRIES:
+                what = f"{TRIES} tries in a row brought nothing new ({e})"
+                mend = f"Run it again later: {size:,} bytes are kept."
+                raise _refuse(url, what, mend) from e
+            time.sleep(min(PAUSE * 2**vain, 30 * PAUSE))
+        except OSError as e:
+            mend = "Make room, or download to another disk."
+            raise _refuse(str(part), f"cannot be written ({e})", mend) from e
     _check_gzip(url, part)
     part.replace(path)
     part.with_name(f"{part.name}.version").unlink(missing_ok=True)
 
 # %% ../nbs/00bc_iu.ipynb #00bc-066
 def download_openi(
-    folder: str | Path,                        # where the archives shall lie; made if it is not there
-    base: str = OPENI,                         # address that the files' names are appended to
-    files: tuple[str, ...] = (REPORTS, IMAGES), # the texts, then the images
-) -> Path:                                     # the folder, for `read_iu`
-    "Download IU X-Ray; goes on where it broke off, and leaves alone what is there. Raises `DataError`."
+    folder: str | Path,  # where the archives shall lie; made if it is not there
+    base: str = OPENI,  # address that the files' names are appended to
+    files: tuple[str, ...] = (REPORTS, IMAGES),  # the texts, then the images
+) -> Path:  # the folder, for `read_iu`
+    "Download what is not there of IU X-Ray, going on where it broke off; raises `DataError`."
     print(LICENCE)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in files:
-        if not (folder/name).exists(): _fetch(urljoin(base, name), folder/name)
+        if not (folder / name).exists():
+            _fetch(urljoin(base, name), folder / name)
     return folder

@@ -204,8 +204,12 @@ def _find_column(
     header: list[str],
     name: str,  # "id" and "generated" may be called otherwise, see `OTHER_NAMES`
 ) -> str:
-    "Return how the file calls a column; `name` itself if it has none."
-    return next((n for n in (name, *OTHER_NAMES.get(name, ())) if n in header), name)
+    "Return how the file calls a column; `name` itself if it has none, or it may be the reference."
+    written = {"id", "image_id", "report", "error", "made_with", "note"}  # by `report`
+    others = OTHER_NAMES.get(name, ())
+    if not written.issuperset(header):  # beside other texts, "report" may be the reference
+        others = [other for other in others if other != "report"]
+    return next((n for n in (name, *others) if n in header), name)
 
 
 def _columns(path: str | Path, header: list[str], wanted: tuple[str, ...]) -> list[int]:

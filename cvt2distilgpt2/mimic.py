@@ -27,108 +27,175 @@ import pandas as pd
 from tqdm import tqdm
 
 from .images import view_name
-from .tasks import DataError, Problem, RawData, Study, across_studies, is_inside, read_annotation
+from cvt2distilgpt2.tasks import (
+    DataError,
+    Problem,
+    RawData,
+    Study,
+    across_studies,
+    is_inside,
+    read_annotation,
+)
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-007
 SECTIONS = {
-    "impression": ("impressions", "conclusion", "conclusions", "findings and impression", "impression and findings",
-                   "findings / impression", "impression / findings"),
+    "impression": (
+        "impressions",
+        "conclusion",
+        "conclusions",
+        "findings and impression",
+        "impression and findings",
+        "findings / impression",
+        "impression / findings",
+    ),
     "findings": ("finding",),
-    "indication": ("indications", "clinical indication", "clinical indications", "reason for exam", "reason for examination",
-                   "reason for the exam", "reason for the examination", "reason for this examination", "reason for study"),
+    "indication": (
+        "indications",
+        "clinical indication",
+        "clinical indications",
+        "reason for exam",
+        "reason for examination",
+        "reason for the exam",
+        "reason for the examination",
+        "reason for this examination",
+        "reason for study",
+    ),
     "history": ("clinical history", "patient history", "medical history", "clinical information"),
-    "comparison": ("comparisons", "comparison exam", "comparison film", "comparison study", "reference exam"),
+    "comparison": (
+        "comparisons",
+        "comparison exam",
+        "comparison film",
+        "comparison study",
+        "reference exam",
+    ),
     "technique": ("techniques",),
     "examination": ("exam", "type of exam", "type of examination"),
     "addendum": ("final addendum",),
     "notification": ("notifications",),
     "recommendations": ("recommendation", "recommendation(s)"),
-    "wet read": ("wetread",)}
+    "wet read": ("wetread",),
+}
 SPELLINGS = {spelling: name for name, others in SECTIONS.items() for spelling in (name, *others)}
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-013
-VIEW = re.compile(r"chest|portable|\bviews?\b|frontal|(pa|ap) and lat|lateral and (pa|ap)|radiograph|\bribs\b|bone window")
-BODY = set("""abdomen airway airways and aorta bones cardiac cardiomediastinal catheters chest contours devices diaphragm heart hila hilum joints
-left lines lung lungs mediastinal mediastinum musculoskeletal of osseous other pleura pleural pulmonary ribs right silhouette size soft
-space spaces spine structures support the thoracic tissue tissues tubes upper lower vasculature vessels volumes wall""".split())
-BODY_ONLY = BODY - {"chest", "ribs"} # "CHEST:" and "RIBS:" name the picture, "CHEST WALL:" does not
+VIEW = re.compile(
+    r"chest|portable|\bviews?\b|frontal|(pa|ap) and lat|lateral and (pa|ap)"
+    r"|radiograph|\bribs\b|bone window"
+)
+BODY = set(
+    """abdomen airway airways and aorta bones cardiac cardiomediastinal catheters chest contours
+    devices diaphragm heart hila hilum joints left lines lung lungs mediastinal mediastinum
+    musculoskeletal of osseous other pleura pleural pulmonary ribs right silhouette size soft space
+    spaces spine structures support the thoracic tissue tissues tubes upper lower vasculature
+    vessels volumes wall""".split()
+)
+# "CHEST:" and "RIBS:" name the picture, "CHEST WALL:" does not
+BODY_ONLY = BODY - {"chest", "ribs"}
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-014
-@lru_cache(100_000) # the same few thousand headings occur again and again
+@lru_cache(100_000)  # the same few thousand headings occur again and again
 def section_of(
-    heading: str, # lower case, words parted by single spaces
-) -> str | None:  # the section's name: one of `SECTIONS`, or the heading itself; None for a part of the body
+    heading: str,  # lower case, words parted by single spaces
+) -> str | None:  # one of `SECTIONS`, or the heading itself; None for a part of the body
     "Say which section a heading in capitals opens."
-    if heading in SPELLINGS: return SPELLINGS[heading]
+    if heading in SPELLINGS:
+        return SPELLINGS[heading]
     words = set(re.findall("[a-z]+", heading))
-    if words <= BODY and words & BODY_ONLY: return None
-    inside = [name for name in SECTIONS if name in heading and name != "examination"] # "portable chest examination" is a picture
-    if inside: return inside[0]
-    if heading.startswith("reason for"): return "indication"
-    if VIEW.search(heading): return "findings"
+    if words <= BODY and words & BODY_ONLY:
+        return None
+    # "portable chest examination" is a picture
+    inside = [name for name in SECTIONS if name in heading and name != "examination"]
+    if inside:
+        return inside[0]
+    if heading.startswith("reason for"):
+        return "indication"
+    if VIEW.search(heading):
+        return "findings"
     close = get_close_matches(heading, SPELLINGS, 1, 0.85)
     return SPELLINGS[close[0]] if close else heading
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-019
-LOOK_BACK = 100 # characters: longer than any heading
-UP_TO_LAST = re.compile(r"(?s).*(?:\n|[.!?]\s)") # up to where the last line or sentence begins
+LOOK_BACK = 100  # characters: longer than any heading
+UP_TO_LAST = re.compile(r"(?s).*(?:\n|[.!?]\s)")  # up to where the last line or sentence begins
+
 
 def _words_before(
     text: str,
-    begin: int, # where the last heading ended
-    colon: int, # where the colon stands
-) -> tuple[int, bool]: # where the words begin, and whether that begins a line
+    begin: int,  # where the last heading ended
+    colon: int,  # where the colon stands
+) -> tuple[int, bool]:  # where the words begin, and whether that begins a line
     "Find the words that a colon ends: those since the last line, sentence or heading."
     cut = max(begin, colon - LOOK_BACK)
     ended = UP_TO_LAST.match(text, cut, colon)
     start = ended.end() if ended else cut
-    line = start == 0 or text[start-1] == "\n"
-    while start < colon and text[start].isspace(): start += 1
+    line = start == 0 or text[start - 1] == "\n"
+    while start < colon and text[start].isspace():
+        start += 1
     return start, line
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-022
-KNOWN = "|".join(r"\s*".join(map(re.escape, s.upper().split())) for s in sorted(SPELLINGS, key=len, reverse=True))
+KNOWN = "|".join(
+    r"\s*".join(map(re.escape, s.upper().split())) for s in sorted(SPELLINGS, key=len, reverse=True)
+)
 KNOWN_LAST = re.compile(rf"(?<![^\s:.])(?:{KNOWN})\s*\Z")
+
 
 def _label(words: str) -> str:
     "Write a heading as `SPELLINGS` does."
     return " ".join(words.lower().replace("/", " / ").split())
 
+
 def _is_wrapped(text: str, begin: int, start: int) -> bool:
     "Tell whether the words at `start` go on with a sentence: small letters after no full stop."
-    before = text[max(begin, start - LOOK_BACK):start].rstrip()
+    before = text[max(begin, start - LOOK_BACK) : start].rstrip()
     return text[start].islower() and before[-1:] not in ("", *".!?:;_)")
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-023
 def _opened(
     text: str,
-    begin: int,     # where the last heading ended
-    colon: int,     # where the colon stands
-    shouting: bool, # whether the whole text is in capitals
-) -> tuple[int, str] | None: # where the heading begins and which section it opens
+    begin: int,  # where the last heading ended
+    colon: int,  # where the colon stands
+    shouting: bool,  # whether the whole text is in capitals
+) -> tuple[int, str] | None:  # where the heading begins and which section it opens
     "Judge the words before a colon; None if they are no heading."
     start, line = _words_before(text, begin, colon)
     words = text[start:colon].rstrip()
-    if not words: return None
+    if not words:
+        return None
     known = SPELLINGS.get(_label(words))
-    if known and not _is_wrapped(text, begin, start): return start, known
-    if line and words.isupper() and sum(map(str.isalpha, words)) > 2 and not text[colon+1:colon+2].strip():
+    if known and not _is_wrapped(text, begin, start):
+        return start, known
+    if (
+        line
+        and words.isupper()
+        and sum(map(str.isalpha, words)) > 2
+        and not text[colon + 1 : colon + 2].strip()
+    ):
         section = section_of(_label(words))
-        if section in SECTIONS or (section and not shouting): return start, section
-    if not shouting and (last := KNOWN_LAST.search(text, start, colon)): return last.start(), SPELLINGS[_label(last[0])]
+        if section in SECTIONS or (section and not shouting):
+            return start, section
+    if not shouting and (last := KNOWN_LAST.search(text, start, colon)):
+        return last.start(), SPELLINGS[_label(last[0])]
     return None
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-028
-CANDIDATE = re.compile(rf"(?m)(?<!:):|^[ \t]*(?P<alone>{KNOWN}|FINAL REPORT|_{{10,}})[ \t\r]*(?:$|--?[ \t])")
+CANDIDATE = re.compile(
+    rf"(?m)(?<!:):|^[ \t]*(?P<alone>{KNOWN}|FINAL REPORT|_{{10,}})[ \t\r]*(?:$|--?[ \t])"
+)
+
 
 def find_headings(
-    text: str, # of a report
-) -> list[tuple[int, int, str]]: # of each heading: where it begins and ends, and the section that it opens ("": none)
+    text: str,  # of a report
+) -> list[tuple[int, int, str]]:  # each: where it begins and ends, and its section ("": none)
     "Find the headings of a report, in time linear in its length."
-    headings, begin, shouting = [], 0, text.isupper()
+    headings = []
+    begin = 0  # where the last heading ended
+    shouting = text.isupper()
     for m in CANDIDATE.finditer(text):
-        if alone := m["alone"]: found = m.start("alone"), SPELLINGS.get(_label(alone), "")
-        else: found = _opened(text, begin, m.start(), shouting)
+        if alone := m["alone"]:
+            found = m.start("alone"), SPELLINGS.get(_label(alone), "")
+        else:
+            found = _opened(text, begin, m.start(), shouting)
         if found:
             begin = m.end()
             headings.append((found[0], begin, found[1]))
@@ -136,13 +203,16 @@ def find_headings(
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-034
 def read_sections(
-    text: str, # of a report
-) -> dict[str, str]: # the text of each section that is not empty, by its name: of `SECTIONS`, or the heading in lower case
+    text: str,  # of a report
+) -> dict[str, str]:  # name (of `SECTIONS`, or the heading in lower case) -> text, not empty
     "Read the sections of a report; what stands before its first heading belongs to none."
-    headings, sections = find_headings(text), {}
+    headings = find_headings(text)
     ends = [start for start, _, _ in headings[1:]] + [len(text)]
-    for (_, begin, name), end in zip(headings, ends):
-        if name and (body := text[begin:end].strip()): sections[name] = body
+    sections = {}
+    # strict=False: without headings there is still one end
+    for (_, begin, name), end in zip(headings, ends, strict=False):
+        if name and (body := text[begin:end].strip()):
+            sections[name] = body
     return sections
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-043
@@ -150,16 +220,19 @@ def _sorry(path: Path | str, what: str, mend: str) -> DataError:
     "Make the error that says why nothing can be read."
     return DataError([Problem("", str(path), what, mend)])
 
+
 def _has_patients(folder: Path) -> bool:
     "Tell whether a folder holds p10, p11, ..."
     return any(folder.glob("p[0-9][0-9]"))
 
-ABOVE = 3 # levels: physionet.org/files/mimic-cxr-jpg/2.1.0
+
+ABOVE = 3  # levels: physionet.org/files/mimic-cxr-jpg/2.1.0
+
 
 def _roots(top: Path) -> list[Path]:
     "List the folders nearest to `top` that hold files/p10, those with a table of splits alone."
     for depth in range(ABOVE + 1):
-        places = sorted(p.parent for p in top.glob("*/"*depth + "files") if _has_patients(p))
+        places = sorted(p.parent for p in top.glob("*/" * depth + "files") if _has_patients(p))
         if places:
             with_table = [p for p in places if any(p.glob("*-split.csv*"))]
             return with_table or places
@@ -167,8 +240,8 @@ def _roots(top: Path) -> list[Path]:
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-043a
 def find_root(
-    root: str | Path, # MIMIC-CXR-JPG, its `files`, or a folder up to three levels above
-) -> Path:            # the folder that holds `files`
+    root: str | Path,  # MIMIC-CXR-JPG, its `files`, or a folder up to three levels above
+) -> Path:  # the folder that holds `files`
     "Find MIMIC-CXR-JPG; raises `DataError` if it is not there, or there twice."
     root = Path(os.path.abspath(root))
     mend = "Name the folder of MIMIC-CXR-JPG, the one that holds files/p10."
@@ -188,122 +261,169 @@ def find_root(
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-046
 REPORTS = "mimic-cxr-reports"
+_ENOUGH = 100  # patients of 65,379: enough to find a report, fast if there is none
+
 
 def _text_folder(folder: Path) -> Path | None:
     "Return `folder`, or `files` in it, whichever holds p10/p10.../s....txt."
-    for base in (folder, folder/"files"):
-        patients = islice(base.glob("p[0-9][0-9]/p*"), 100) # of 65,379: enough to find a report, fast if there is none
-        if any(next(p.glob("s*.txt"), None) for p in patients): return base
+    for base in (folder, folder / "files"):
+        patients = islice(base.glob("p[0-9][0-9]/p*"), _ENOUGH)
+        if any(next(p.glob("s*.txt"), None) for p in patients):
+            return base
     return None
 
+
 def find_reports(
-    root: Path,                        # that holds `files`
-    reports: str | Path | None = None, # where the reports lie: the zip, its unpacked folder or the folder of either; None: look around `root`
-) -> Path:                             # the zip, or the folder that holds p10, p11, ...
+    root: Path,  # that holds `files`
+    reports: str | Path | None = None,  # zip, unpacked, or the folder of either; None: near `root`
+) -> Path:  # the zip, or the folder that holds p10, p11, ...
     "Find the reports of MIMIC-CXR; raises `DataError` that says where they were looked for."
-    near = [Path(reports)] if reports else [root, root.parent, *sorted(root.parent.parent.glob("mimic-cxr/*"))]
-    places = [p for n in near for p in (n, n/f"{REPORTS}.zip", n/REPORTS)]
+    if reports:
+        near = [Path(reports)]
+    else:
+        near = [root, root.parent, *sorted(root.parent.parent.glob("mimic-cxr/*"))]
+    places = [p for n in near for p in (n, n / f"{REPORTS}.zip", n / REPORTS)]
     for place in places:
-        if place.is_file(): return place
-        if folder := _text_folder(place): return folder
-    raise _sorry(reports or root, f"no reports; looked for {', '.join(map(str, places))}",
-                 f"Fetch {REPORTS}.zip of MIMIC-CXR and name it (on the command line: --reports PATH).")
+        if place.is_file():
+            return place
+        if folder := _text_folder(place):
+            return folder
+    what = f"no reports; looked for {', '.join(map(str, places))}"
+    mend = f"Fetch {REPORTS}.zip of MIMIC-CXR and name it (on the command line: --reports PATH)."
+    raise _sorry(reports or root, what, mend)
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-050
-COLUMNS = {"split": ("dicom_id", "study_id", "subject_id", "split"), "metadata": ("dicom_id", "ViewPosition")}
+COLUMNS = {
+    "split": ("dicom_id", "study_id", "subject_id", "split"),
+    "metadata": ("dicom_id", "ViewPosition"),
+}
+
 
 def _read_table(
     root: Path,
-    kind: str, # "split" or "metadata"
-) -> tuple[pd.DataFrame, Path]: # the columns that are wanted, as text; the file
+    kind: str,  # "split" or "metadata"
+) -> tuple[pd.DataFrame, Path]:  # the columns that are wanted, as text; the file
     "Read a table, packed or not; raises `DataError`."
-    found = sorted(p for p in root.glob(f"*-{kind}.csv*") if p.name.endswith((".csv", ".csv.gz")))
-    if not found: raise _sorry(root, f"no table named *-{kind}.csv.gz or *-{kind}.csv", f"Fetch mimic-cxr-2.0.0-{kind}.csv.gz of MIMIC-CXR-JPG into it.")
-    path, wanted = found[-1], COLUMNS[kind] # the last: the newest version
-    try: table = pd.read_csv(path, usecols=lambda name: name in wanted, dtype=str, keep_default_na=False, index_col=False)
-    except (OSError, EOFError, zlib.error, ValueError) as e: # cut short, not packed, not UTF-8, not a table
-        raise _sorry(path, f"cannot be read ({type(e).__name__}: {e})", "Fetch it again; it may be cut short.") from e
+    paths = [p for p in root.glob(f"*-{kind}.csv*") if p.name.endswith((".csv", ".csv.gz"))]
+    if not paths:
+        what = f"no table named *-{kind}.csv.gz or *-{kind}.csv"
+        mend = f"Fetch mimic-cxr-2.0.0-{kind}.csv.gz of MIMIC-CXR-JPG into it."
+        raise _sorry(root, what, mend)
+    path = max(paths)  # the newest version
+    wanted = COLUMNS[kind]
+    as_text = dict(dtype=str, keep_default_na=False, index_col=False)
+    try:
+        table = pd.read_csv(path, usecols=lambda name: name in wanted, **as_text)
+    except (OSError, EOFError, zlib.error, ValueError) as e:
+        # cut short, not packed, not UTF-8, not a table
+        what = f"cannot be read ({type(e).__name__}: {e})"
+        raise _sorry(path, what, "Fetch it again; it may be cut short.") from e
     if missing := [n for n in wanted if n not in table]:
-        raise _sorry(path, f"lacks the column{'s'*(len(missing) > 1)} {', '.join(missing)}", f"Fetch it again; it should have {', '.join(wanted)}.")
+        what = f"lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        raise _sorry(path, what, f"Fetch it again; it should have {', '.join(wanted)}.")
     return table.fillna(""), path
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-052
-FORMS = {"dicom_id": (r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", "five groups of eight hexadecimal digits"), "study_id": (r"\d{8}", "eight digits"),
-         "subject_id": (r"\d{8}", "eight digits"), "split": ("train|validate|test", "train, validate or test")}
+FORMS = {
+    "dicom_id": (r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", "five groups of eight hexadecimal digits"),
+    "study_id": (r"\d{8}", "eight digits"),
+    "subject_id": (r"\d{8}", "eight digits"),
+    "split": ("train|validate|test", "train, validate or test"),
+}
+
 
 def _wrong_rows(
-    table: pd.DataFrame,     # of the splits
-    path: Path,              # of its file
-    problems: list[Problem], # to which what is wrong is added
-) -> pd.Series:              # of each row: whether something is
+    table: pd.DataFrame,  # of the splits
+    path: Path,  # of its file
+    problems: list[Problem],  # to which what is wrong is added
+) -> pd.Series:  # of each row: whether something is
     "Look for values that cannot be and for doubled images."
     wrong = table.dicom_id.duplicated(keep=False)
     for dicom, n in table.dicom_id[wrong].value_counts().items():
-        problems.append(Problem(dicom, str(path), f"the image occurs {n} times", "Ids must be unique; fetch the file again."))
+        what = f"the image occurs {n} times"
+        mend = "Ids must be unique; fetch the file again."
+        problems.append(Problem(dicom, str(path), what, mend))
     for name, (form, words) in FORMS.items():
         bad = ~table[name].str.fullmatch(form).astype(bool)
-        problems += [Problem(dicom, str(path), f"line {i + 2}: {name} is {value!r}", f"It must be {words}; fetch the file again.")
-                     for i, dicom, value in zip(table.index[bad], table.dicom_id[bad], table[name][bad])]
+        mend = f"It must be {words}; fetch the file again."
+        rows = zip(table.index[bad], table.dicom_id[bad], table[name][bad], strict=True)
+        for i, dicom, value in rows:
+            what = f"line {i + 2}: {name} is {value!r}"
+            problems.append(Problem(dicom, str(path), what, mend))
         wrong |= bad
     return wrong
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-057
 def _read_views(root: Path, problems: list[Problem]) -> dict[str, str]:
     'Return the view of each image: "frontal", "lateral" or "" where it is not known.'
-    try: table, _ = _read_table(root, "metadata")
+    try:
+        table, _ = _read_table(root, "metadata")
     except DataError as e:
         problems += e.problems
         return {}
     names = {p: view_name(p) for p in table.ViewPosition.unique()}
-    return dict(zip(table.dicom_id, table.ViewPosition.map(names)))
+    return dict(zip(table.dicom_id, table.ViewPosition.map(names), strict=True))
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-058
 SPLIT_NAMES = {"train": "train", "validate": "val", "test": "test"}
 
+
 def _read_rows(
     root: Path,
-    problems: list[Problem], # to which what is wrong is added
-) -> tuple[pd.DataFrame, set[str], Path]: # the good images: dicom_id, study_id, subject_id, split, view, folder; the studies of the others; the table's file
-    "Read which images there should be; raises `DataError`."
+    problems: list[Problem],  # to which what is wrong is added
+) -> tuple[pd.DataFrame, set[str], Path]:  # the good images; the studies of the others; the file
+    "Read which images there should be: ids, split, view and folder; raises `DataError`."
     table, path = _read_table(root, "split")
     wrong = _wrong_rows(table, path, problems)
-    spoilt, table = set(table.study_id[wrong]), table[~wrong].copy()
+    spoilt = set(table.study_id[wrong])
+    table = table[~wrong].copy()
     table["split"] = table.split.map(SPLIT_NAMES)
     views = _read_views(root, problems)
     table["view"] = [views.get(dicom, "") for dicom in table.dicom_id]
-    table["folder"] = "p" + table.subject_id.str[:2] + "/p" + table.subject_id + "/s" + table.study_id
+    table["folder"] = (
+        "p" + table.subject_id.str[:2] + "/p" + table.subject_id + "/s" + table.study_id
+    )
     return table, spoilt, path
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-063
-SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm") # small or capital; the first of several counts
+SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm")  # small or capital; the first of several counts
 IMAGE = rf"(?i).+({'|'.join(map(re.escape, SUFFIXES))})"
-THREADS = 16             # that wait for the disk
+THREADS = 16  # that wait for the disk
+
 
 def _names(folder: Path, form: str, problems: list[Problem]) -> list[str]:
     "List the names in a folder that have a form."
     try:
-        with os.scandir(folder) as entries: return sorted(e.name for e in entries if re.fullmatch(form, e.name))
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if re.fullmatch(form, e.name))
     except OSError as e:
-        problems.append(Problem("", str(folder), f"cannot be listed ({e.strerror})", "It must be a folder that may be read."))
+        what = f"cannot be listed ({e.strerror})"
+        mend = "It must be a folder that may be read."
+        problems.append(Problem("", str(folder), what, mend))
         return []
+
 
 def _patient_images(patient: str, files: Path, problems: list[Problem]) -> list[str]:
     "List the images of a patient, as paths within `files`."
-    studies = _names(files/patient, r"s\d{8}", problems)
-    return [f"{patient}/{s}/{name}" for s in studies for name in _names(files/patient/s, IMAGE, problems)]
+    return [
+        f"{patient}/{study}/{name}"
+        for study in _names(files / patient, r"s\d{8}", problems)
+        for name in _names(files / patient / study, IMAGE, problems)
+    ]
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-064
 def _rank(suffix: str) -> int:
     "Return how early a suffix comes in `SUFFIXES`."
     return SUFFIXES.index(suffix.lower())
 
+
 def list_images(
-    files: Path,             # that holds p10, p11, ...
-    problems: list[Problem], # to which folders that cannot be listed are added
-) -> dict[str, str]:         # "p10/p10000032/s50414267/<dicom_id>" -> its suffix, such as ".jpg"
+    files: Path,  # that holds p10, p11, ...
+    problems: list[Problem],  # to which folders that cannot be listed are added
+) -> dict[str, str]:  # "p10/p10000032/s50414267/<dicom_id>" -> its suffix, such as ".jpg"
     "List all images under `files`."
     groups = _names(files, r"p\d\d", problems)
-    patients = [f"{g}/{p}" for g in groups for p in _names(files/g, r"p\d{8}", problems)]
+    patients = [f"{g}/{p}" for g in groups for p in _names(files / g, r"p\d{8}", problems)]
     suffixes = {}
     with ThreadPool(THREADS) as pool:
         list_patient = partial(_patient_images, files=files, problems=problems)
@@ -315,166 +435,253 @@ def list_images(
     return suffixes
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-069
-MAX_REPORT = 1_000_000 # bytes; the longest report has some thousand
+MAX_REPORT = 1_000_000  # bytes; the longest report has some thousand
+
 
 @contextmanager
 def open_reports(
-    path: Path, # of the zip, or of the folder that holds p10, p11, ...
-) -> Iterator[Callable[[str], bytes]]: # a function: "p10/p10000032/s50414267" -> the report's first `MAX_REPORT` + 1 bytes
-    "Open the reports; raises `DataError` if the archive cannot be read."
+    path: Path,  # of the zip, or of the folder that holds p10, p11, ...
+) -> Iterator[Callable[[str], bytes]]:  # "p10/p10000032/s50414267" -> first `MAX_REPORT` + 1 bytes
+    "Open the reports, to be read by a function; raises `DataError` if the archive cannot be read."
     if path.is_dir():
+
         def read(place: str) -> bytes:
-            with open(path/f"{place}.txt", "rb") as f: return f.read(MAX_REPORT + 1)
+            with open(path / f"{place}.txt", "rb") as f:
+                return f.read(MAX_REPORT + 1)
+
         yield read
         return
-    try: archive = ZipFile(path)
-    except (OSError, BadZipFile, ValueError) as e: raise _sorry(path, f"cannot be opened as a zip archive ({e})", "Fetch it again; it may be cut short.") from e
+    try:
+        archive = ZipFile(path)
+    except (OSError, BadZipFile, ValueError) as e:
+        what = f"cannot be opened as a zip archive ({e})"
+        raise _sorry(path, what, "Fetch it again; it may be cut short.") from e
     with archive:
-        members = {m[1]: i for i in archive.infolist() if is_inside(i.filename) and (m := re.search(r"(?:^|/)(p\d\d/p\d{8}/s\d{8})\.txt$", i.filename))}
+        members = {}
+        for member in archive.infolist():
+            match = re.search(r"(?:^|/)(p\d\d/p\d{8}/s\d{8})\.txt$", member.filename)
+            if match and is_inside(member.filename):
+                members[match[1]] = member
+
         def read(place: str) -> bytes:
-            with archive.open(members[place]) as f: return f.read(MAX_REPORT + 1)
+            with archive.open(members[place]) as f:
+                return f.read(MAX_REPORT + 1)
+
         yield read
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-071
 def _read_report(
-    place: str,                    # "p10/p10000032/s50414267"
+    place: str,  # "p10/p10000032/s50414267"
     read: Callable[[str], bytes],  # as `open_reports` gives it
-    path: Path,                    # of the archive or folder
+    path: Path,  # of the archive or folder
 ) -> str | Problem:
     "Read the text of a report, or say why it cannot be read."
     say = partial(Problem, place[-9:], f"{path}/{place}.txt")
     again = "Fetch the reports again, and do not change them."
-    try: raw = read(place)
-    except (KeyError, FileNotFoundError): return say("there is no such report", f"{again} The study has images.")
-    except (OSError, BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as e: # damaged, encrypted, packed in an unknown way
+    try:
+        raw = read(place)
+    except (KeyError, FileNotFoundError):
+        return say("there is no such report", f"{again} The study has images.")
+    except (OSError, BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as e:
+        # damaged, encrypted, packed in an unknown way
         return say(f"cannot be read ({type(e).__name__}: {e})", again)
-    if len(raw) > MAX_REPORT: return say(f"has more than {MAX_REPORT:,} bytes", f"No report is so long. {again}")
-    try: text = raw.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as e: return say(f"not UTF-8 (byte {e.start})", again)
+    if len(raw) > MAX_REPORT:
+        return say(f"has more than {MAX_REPORT:,} bytes", f"No report is so long. {again}")
+    try:
+        text = raw.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as e:
+        return say(f"not UTF-8 (byte {e.start})", again)
     return text if text.strip() else say("empty report", again)
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-074
-KEPT = ("impression", "indication", "history", "comparison", "technique") # kept beside the findings, for systems that read them
+# the sections that are kept beside the findings, for systems that read them
+KEPT = ("impression", "indication", "history", "comparison", "technique")
+
 
 def _why_not(sections: dict[str, str]) -> str:
     "Say what a report without findings has."
-    return "an impression only" if "impression" in sections else "other sections only" if sections else "no heading at all"
+    if "impression" in sections:
+        return "an impression only"
+    return "other sections only" if sections else "no heading at all"
 
+# %% ../nbs/00bb_mimic.ipynb #00bb-074a
 def read_findings(
-    places: list[str],       # of the studies: "p10/p10000032/s50414267"
-    path: Path,              # of the archive or folder of reports
-    problems: list[Problem], # to which reports that are missing or damaged are added
-    counts: Counter,         # in which reports are counted
-) -> dict[str, dict[str, str]]: # of each study that has findings: these, and the sections of `KEPT`
-    "Read the reports of studies and keep those with findings; raises `DataError` if the archive cannot be read."
+    places: list[str],  # of the studies: "p10/p10000032/s50414267"
+    path: Path,  # of the archive or folder of reports
+    problems: list[Problem],  # to which reports that are missing or damaged are added
+    counts: Counter,  # in which reports are counted
+) -> dict[str, dict[str, str]]:  # of each place with findings: these, and the sections of `KEPT`
+    "Read reports and keep those with findings; raises `DataError` if the archive cannot be read."
     kept = {}
     with open_reports(path) as read, ThreadPool(THREADS) as pool:
         reports = pool.imap(partial(_read_report, read=read, path=path), places, chunksize=64)
-        for place, text in zip(places, tqdm(reports, "reading reports", len(places), unit=" reports", leave=False)):
-            if isinstance(text, Problem): problems.append(text)
+        bar = tqdm(reports, "reading reports", len(places), unit=" reports", leave=False)
+        for place, text in zip(places, bar, strict=True):
+            if isinstance(text, Problem):
+                problems.append(text)
+                continue
+            sections = read_sections(text)
+            counts["reports"] += 1
+            if "findings" in sections:
+                counts["reports with findings"] += 1
+                kept[place] = {n: sections[n] for n in ("findings", *KEPT) if n in sections}
             else:
-                sections = read_sections(text)
-                reason = "with findings" if "findings" in sections else f"without findings, {_why_not(sections)}"
-                counts["reports"] += 1
-                counts[f"reports {reason}"] += 1
-                if "findings" in sections: kept[place] = {n: sections[n] for n in ("findings", *KEPT) if n in sections}
+                counts[f"reports without findings, {_why_not(sections)}"] += 1
     return kept
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-079
 VIEW_ORDER = ("frontal", "lateral", "")
 
+
 def _to_example(
-    name: str,               # the example's id
-    rows: list,              # of its images
-    sections: dict,          # of its report
+    name: str,  # the example's id
+    rows: list,  # of its images
+    sections: dict,  # of its report
     images: dict[str, str],  # as `list_images` gives them
     files: Path,
-    problems: list[Problem], # to which missing images are added
+    problems: list[Problem],  # to which missing images are added
 ) -> Study | None:
     "Make one example; None if an image is missing."
     stems = [f"{r.folder}/{r.dicom_id}" for r in rows]
-    missing = [Problem(name, str(files/f"{s}.jpg"), "missing, and there is no .dcm either", "Fetch it.") for s in stems if s not in images]
-    problems += missing
-    if missing: return None
+    missing = [s for s in stems if s not in images]
+    for stem in missing:
+        what = "missing, and there is no .dcm either"
+        problems.append(Problem(name, str(files / f"{stem}.jpg"), what, "Fetch it."))
+    if missing:
+        return None
     first = rows[0]
     extra = dict(study_id=int(first.study_id), subject_id=int(first.subject_id)) | sections
-    return Study(name, extra.pop("findings"), tuple(s + images[s] for s in stems), first.split, patient=first.subject_id,
-                 views=tuple(r.view for r in rows), extra=extra)
+    return Study(
+        name,
+        extra.pop("findings"),
+        tuple(s + images[s] for s in stems),
+        first.split,
+        patient=first.subject_id,
+        views=tuple(r.view for r in rows),
+        extra=extra,
+    )
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-080
 def _group(
-    table: pd.DataFrame, # of images
-    examples: str,       # "image" or "study"
-    spoilt: set[str],    # studies that lost an image to a problem: they are no whole examples
+    table: pd.DataFrame,  # of images
+    examples: str,  # "image" or "study"
+    spoilt: set[str],  # studies that lost an image to a problem: they are no whole examples
 ) -> Iterator[tuple[str, list]]:  # of each example: its id and the rows of its images
     "Group images into examples, in the table's order."
     rows = list(table.itertuples(index=False))
-    if examples == "image": yield from ((r.dicom_id, [r]) for r in rows)
+    if examples == "image":
+        yield from ((r.dicom_id, [r]) for r in rows)
     else:
         studies = {}
-        for r in rows: studies.setdefault(r.folder, []).append(r)
+        for r in rows:
+            studies.setdefault(r.folder, []).append(r)
         for folder, views in studies.items():
-            if views[0].study_id not in spoilt: yield folder[-9:], sorted(views, key=lambda r: VIEW_ORDER.index(r.view))
+            if views[0].study_id not in spoilt:
+                yield folder[-9:], sorted(views, key=lambda r: VIEW_ORDER.index(r.view))
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-083
-def _build(root: Path, reports: str | Path | None, examples: str, images: dict[str, str], problems: list[Problem]) -> RawData:
+def _build(
+    root: Path,
+    reports: str | Path | None,
+    examples: str,
+    images: dict[str, str],
+    problems: list[Problem],
+) -> RawData:
     "Make the examples of MIMIC-CXR; raises `DataError` if a table or the reports cannot be read."
     table, spoilt, path = _read_rows(root, problems)
     stems = table.folder + "/" + table.dicom_id
     known = set(stems)
-    counts = Counter({"images in the table": len(table), "images on disk": len(images),
-                      "images on disk that the table does not list": sum(s not in known for s in images)})
+    counts = Counter(
+        {
+            "images in the table": len(table),
+            "images on disk": len(images),
+            "images on disk that the table does not list": sum(s not in known for s in images),
+        }
+    )
     places = list(table.folder.unique())
     findings = read_findings(places, find_reports(root, reports), problems, counts)
     table = table[table.folder.isin(findings)]
-    made = (_to_example(name, rows, findings[rows[0].folder], images, root/"files", problems) for name, rows in _group(table, examples, spoilt))
+    made = (
+        _to_example(name, rows, findings[rows[0].folder], images, root / "files", problems)
+        for name, rows in _group(table, examples, spoilt)
+    )
     studies = across_studies([s for s in made if s], str(path), problems)
     counts["images of unknown view"] = sum(v == "" for s in studies for v in s.views)
     counts["examples"] = len(studies)
-    return RawData(studies, root/"files", problems, dict(counts))
+    return RawData(studies, root / "files", problems, dict(counts))
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-085
 def _same_words(a: str, b: str) -> bool:
     "Compare texts but for white space."
     return a.split() == b.split()
 
+
 def _compare(theirs: list[Study], ours: list[Study]) -> dict[str, int]:
     "Count what two sets of examples have in common."
     mine = {s.id: s for s in ours}
     pairs = [(s, mine[s.id]) for s in theirs if s.id in mine]
-    return {"in Chen's file and built": len(pairs), "only in Chen's file": len(theirs) - len(pairs), "only built": len(ours) - len(pairs),
-            "in both with the same text": sum(_same_words(a.report, b.report) for a, b in pairs),
-            "in both with the same split": sum(a.split == b.split for a, b in pairs)}
+    return {
+        "in Chen's file and built": len(pairs),
+        "only in Chen's file": len(theirs) - len(pairs),
+        "only built": len(ours) - len(pairs),
+        "in both with the same text": sum(_same_words(a.report, b.report) for a, b in pairs),
+        "in both with the same split": sum(a.split == b.split for a, b in pairs),
+    }
+
 
 def _place(s: Study, images: dict[str, str], files: Path, problems: list[Problem]) -> Study | None:
     "Check the images of an example of Chen's; None if one is missing."
     stems = [os.path.splitext(p)[0] for p in s.image_path]
-    missing = [Problem(s.id, str(files/p), "missing", "Fetch it.") for p, stem in zip(s.image_path, stems) if stem not in images]
+    missing = [
+        Problem(s.id, str(files / p), "missing", "Fetch it.")
+        for p, stem in zip(s.image_path, stems, strict=True)
+        if stem not in images
+    ]
     problems += missing
-    return None if missing else replace(s, image_path=tuple(stem + images[stem] for stem in stems))
+    if missing:
+        return None
+    return replace(s, image_path=tuple(stem + images[stem] for stem in stems))
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-086
-def _read_chen(root: Path, reports: str | Path | None, chen: str | Path, images: dict[str, str], problems: list[Problem]) -> RawData:
+def _read_chen(
+    root: Path,
+    reports: str | Path | None,
+    chen: str | Path,
+    images: dict[str, str],
+    problems: list[Problem],
+) -> RawData:
     "Read Chen's examples and compare them with what would be built; raises `DataError`."
     theirs = [s for v in read_annotation(chen, problems).values() for s in v]
-    there = [x for s in theirs if (x := _place(s, images, root/"files", problems))]
+    there = [x for s in theirs if (x := _place(s, images, root / "files", problems))]
     counts = {"examples": len(there), "images on disk": len(images)}
-    unused = [] # problems of what is only compared with
-    try: built = _build(root, reports, "image", images, unused)
-    except DataError as e: counts["could not be compared: no table or no reports"] = len(e.problems)
-    else: counts |= _compare(theirs, built.studies) | {"problems in what is compared with": len(unused)}
-    return RawData(there, root/"files", problems, counts)
+    unused = []  # problems of what is only compared with
+    try:
+        built = _build(root, reports, "image", images, unused)
+    except DataError as e:
+        counts["could not be compared: no table or no reports"] = len(e.problems)
+    else:
+        counts |= _compare(theirs, built.studies) | {
+            "problems in what is compared with": len(unused)
+        }
+    return RawData(there, root / "files", problems, counts)
 
 # %% ../nbs/00bb_mimic.ipynb #00bb-087
 def read_mimic(
-    root: str | Path,                  # MIMIC-CXR-JPG 2.0.0 or 2.1.0, as `find_root` takes it
-    reports: str | Path | None = None, # `mimic-cxr-reports.zip` or the unpacked folder; None: look for it in and beside `root`
-    examples: str = "image",           # what an example is: an "image", as published, or a "study" with all its views
-    chen: str | Path | None = None,    # Chen et al.'s `annotation.json`, for exactly its examples
+    root: str | Path,  # MIMIC-CXR-JPG 2.0.0 or 2.1.0, as `find_root` takes it
+    reports: str | Path | None = None,  # zip or unpacked folder; None: look in and beside `root`
+    examples: str = "image",  # one "image" each, as published, or one "study" with all its views
+    chen: str | Path | None = None,  # Chen et al.'s `annotation.json`, for exactly its examples
 ) -> RawData:
-    "Read MIMIC-CXR; raises `DataError` if nothing can be read and `ValueError` for unknown `examples`."
-    if examples not in ("image", "study"): raise ValueError(f'examples must be "image" or "study", not {examples!r}')
-    if chen and examples == "study": raise ValueError('the examples of Chen\'s file are images; with `chen`, leave `examples` at "image"')
-    root, problems = find_root(root), []
-    images = list_images(root/"files", problems)
-    return _read_chen(root, reports, chen, images, problems) if chen else _build(root, reports, examples, images, problems)
+    "Read MIMIC-CXR; raises `DataError` if nothing can be read, `ValueError` for other `examples`."
+    if examples not in ("image", "study"):
+        raise ValueError(f'examples must be "image" or "study", not {examples!r}')
+    if chen and examples == "study":
+        raise ValueError(
+            'the examples of Chen\'s file are images; with `chen`, leave `examples` at "image"'
+        )
+    root = find_root(root)
+    problems = []
+    images = list_images(root / "files", problems)
+    if chen:
+        return _read_chen(root, reports, chen, images, problems)
+    return _build(root, reports, examples, images, problems)

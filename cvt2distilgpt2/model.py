@@ -219,6 +219,10 @@ def model_card(
     parameters: int,  # how many the model has
 ) -> str:  # Markdown
     "Write a model card that claims only what `card` says."
+    example = (
+        "from cvt2distilgpt2.model import CvT2DistilGPT2\n"
+        'CvT2DistilGPT2.from_pretrained("this folder").report(["chest.png"])'
+    )
     text = f"""---
 library_name: cvt2distilgpt2
 pipeline_tag: image-to-text
@@ -230,8 +234,7 @@ Writes the report of a chest X-ray: a CvT encoder and a GPT-2 decoder, {paramete
 **Not for clinical use.** Reports are generated; they can be fluent and wrong.
 
 ```python
-from cvt2distilgpt2.model import CvT2DistilGPT2
-CvT2DistilGPT2.from_pretrained("this folder").report(["chest.png"])
+{example}
 ```
 """
     sections = {"data": None, "recipe": None, "scores": None, "limits": None, **(card or {})}
@@ -385,6 +388,7 @@ class CvT2DistilGPT2(PreTrainedModel, GenerationMixin):
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _keys_to_ignore_on_save = ["decoder.lm_head.weight"]  # it is the embedding, saved once
     _tokenizer = None  # a tokenizer, or where one is found
     searched = None  # who searched last: "own", or "transformers" and why
 

@@ -266,15 +266,21 @@ def draw_demo(
 DECODE_UP_TO = 10_000  # images: about half a minute for radiographs of 2 megapixels on 8 cores
 
 
-def _cached_problems(studies: list[Study], task: Task) -> list[Problem]:
-    "List the images that a task's cache lacks; raises `ValueError` if it holds too small ones."
-    cache = ImageCache(task.image_folder)
-    if task.resize > cache.side:
+def _check_cached_size(task: Task) -> None:
+    "Raise `ValueError` if a task's cache holds smaller images than it wants."
+    side = ImageCache(task.image_folder).side
+    if task.resize > side:
         raise ValueError(
             f"task {task.name!r} wants images of {task.resize} pixels (resize), but "
-            f"{task.image_folder} holds them at {cache.side}: "
-            f"prepare it again with --resize {task.resize}"
+            f"{task.image_folder} holds them at {side}: "
+            f"prepare it again with --resize {task.resize}, or take them as they are "
+            f"(resize={side}, image_size={min(side, task.image_size)})"
         )
+
+
+def _cached_problems(studies: list[Study], task: Task) -> list[Problem]:
+    "List the images that a task's cache lacks."
+    cache = ImageCache(task.image_folder)
     return [
         Problem(s.id, p, "not in the cache", "Prepare the task again.")
         for s in studies
@@ -282,7 +288,7 @@ def _cached_problems(studies: list[Study], task: Task) -> list[Problem]:
         if p not in cache
     ]
 
-
+# %% ../nbs/00c_prepare.ipynb #00c-033a
 def prepare(task: Task) -> dict[str, list[Study]]:  # the studies of "train", "val" and "test"
     """Open the studies of `task`, drawn if it is the demo.
 
@@ -294,6 +300,7 @@ def prepare(task: Task) -> dict[str, list[Study]]:  # the studies of "train", "v
     problems: list[Problem] = []
     studies = [s for split in open_task(task, problems).values() for s in split]
     if ImageCache.is_in(task.image_folder):
+        _check_cached_size(task)
         problems += _cached_problems(studies, task)
     else:
         decode = sum(len(s.image_path) for s in studies) <= DECODE_UP_TO

@@ -32,9 +32,18 @@ from tqdm import tqdm
 from .captions import folder_files, is_image_file, named_columns, table_studies
 from .data import ImageFolder, collate, same_channels
 from .decoder import decode_reports
-from .images import open_visible
+from .images import is_blank, open_image
 from .model import CvT2DistilGPT2, ReportImageProcessor, weights_hash
-from .tasks import ALIASES, SPLITS, TASKS, DataError, Task, get_task, open_task
+from cvt2distilgpt2.tasks import (
+    ALIASES,
+    SPLITS,
+    TASKS,
+    DataError,
+    Problem,
+    Task,
+    get_task,
+    open_task,
+)
 from .train import LIMITS, load_model, processes
 
 # %% ../nbs/05_report.ipynb #05-016
@@ -44,9 +53,11 @@ NOTE = LIMITS[0]
 @dataclass(frozen=True)
 class Images:
     "Name the images of a study that wants a report."
-    id: str                   # of its line in the output
-    paths: tuple[str, ...]    # one, or one a view
-    folder: str | None = None # of a prepared task, that `paths` count from: its cache may hold them
+
+    id: str  # of its line in the output
+    paths: tuple[str, ...]  # one, or one a view
+    folder: str | None = None  # of a prepared task, that `paths` count from: it may have a cache
+
 
 def _name(path: str | Path) -> str:
     "Write a path as text that any file can hold, even where it is not UTF-8."
@@ -55,8 +66,8 @@ def _name(path: str | Path) -> str:
 # %% ../nbs/05_report.ipynb #05-022
 def images_in_folder(
     folder: Path,
-    studies: bool = False, # is a (sub-)folder one study, not each image?
-) -> tuple[list[Images], Counter]: # by path; what is left out: files by suffix, folders
+    studies: bool = False,  # is a (sub-)folder one study, not each image?
+) -> tuple[list[Images], Counter]:  # by path; what is left out: files by suffix, folders
     "List the images below a folder; hidden files and folders do not count."
     others = Counter()
     pictures = []
@@ -65,7 +76,7 @@ def images_in_folder(
         others["folder that cannot be entered"] += 1
 
     for place, names in folder_files(folder, denied):
-        for path in (place/n for n in names if not n.startswith(".")):
+        for path in (place / n for n in names if not n.startswith(".")):
             if is_image_file(path):
                 pictures.append(path)
             else:
@@ -84,8 +95,14 @@ def images_in_table(
     problems = []
     roles = ("image", "id", "view")  # texts are not needed, and splits do not matter
     chosen = {role: name for role, name in (columns or {}).items() if role in roles}
-    rows = (path, chosen, None, problems, Counter(), ("image",), roles)
-    studies, folder = table_studies(*rows)
+    studies, folder = table_studies(path, chosen, None, problems, Counter(), ("image",), roles)
+    for study, place in studies:
+        if not study.id.strip():
+            what = "has no id, nor an image that could be one"
+            problems.append(Problem("", place, what, "Fill in the row, or remove it."))
+        elif study.image_path[:1] == (study.id,) and study.image_path.count(study.id) > 1:
+            what = "is the first image of rows that differ in others"
+            problems.append(Problem(study.id, place, what, "Give each study an id of its own."))
     if problems:
         raise DataError(problems)
     return [
@@ -96,11 +113,16 @@ def images_in_table(
 # %% ../nbs/05_report.ipynb #05-030
 def images_in_task(
     task: Task,
-    split: str | None = None, # "train", "val" or "test"; None: all
+    split: str | None = None,  # "train", "val" or "test"; None: all
 ) -> list[Images]:
     "List the studies of a prepared task; raises as `open_task` does."
     studies = open_task(task)
-    return [Images(_name(s.id), s.image_path, str(task.image_folder)) for part in SPLITS if split in (None, part) for s in studies[part]]
+    return [
+        Images(_name(s.id), s.image_path, str(task.image_folder))
+        for part in SPLITS
+        if split in (None, part)
+        for s in studies[part]
+    ]
 
 # %% ../nbs/05_report.ipynb #05-032
 def _in_one(
@@ -108,88 +130,146 @@ def _in_one(
 ) -> tuple[list[Images], Counter]:
     "List what one word of the command line stands for; raises `FileNotFoundError` for nothing."
     path = os.path.expanduser(path)
-    place, none = Path(path), Counter()
-    if (place/"annotation.json").is_file(): return images_in_task(get_task(str(place.resolve())), split), none
-    if place.is_dir(): return images_in_folder(place, studies)
-    if place.suffix.lower() in (".csv", ".tsv", ".jsonl") and place.is_file(): return images_in_table(place, columns), none
-    if place.exists(): return [Images(_name(path), (str(path),))], none
-    if path in (*TASKS, *ALIASES): return images_in_task(get_task(path), split), none
+    place = Path(path)
+    none = Counter()
+    if (place / "annotation.json").is_file():
+        return images_in_task(get_task(str(place.resolve())), split), none
+    if place.is_dir():
+        return images_in_folder(place, studies)
+    is_table = place.suffix.lower() in (".csv", ".tsv", ".jsonl")
+    if (is_table or place.name == "captions.txt") and place.is_file():
+        return images_in_table(place, columns), none
+    if place.exists():
+        return [Images(_name(path), (str(path),))], none
+    if path in (*TASKS, *ALIASES):
+        return images_in_task(get_task(path), split), none
     matches = sorted(glob.glob(path, recursive=True))
-    if not matches: raise FileNotFoundError(f"{path} is no image, folder, table or pattern that matches any, and no task ({', '.join(TASKS)})")
+    if not matches:
+        raise FileNotFoundError(
+            f"{path} is no image, folder, table or pattern that matches any, "
+            f"and no task ({', '.join(TASKS)})"
+        )
     parts = [_in_one(match, studies, split, columns) for match in matches]
     return [s for found, _ in parts for s in found], sum((others for _, others in parts), none)
 
 # %% ../nbs/05_report.ipynb #05-033
 def find_images(
-    paths: list[str | Path | Images] | str | Path, # images, folders, patterns, tables, prepared tasks; or what was found before
-    studies: bool = False,         # is a (sub-)folder one study, not each of its images?
-    split: str | None = None,      # of prepared tasks; None: all
-    columns: dict[str, str] | None = None, # of tables: role: its column, where it is not a known one
-) -> tuple[list[Images], Counter]: # in order, each once; files left out, by suffix
-    "List all that gets a report; raises `FileNotFoundError` for a path that leads nowhere, `ValueError` for ids with several meanings."
+    paths: list[str | Path | Images] | str | Path,  # or what was found before
+    studies: bool = False,  # is a (sub-)folder one study, not each of its images?
+    split: str | None = None,  # of prepared tasks; None: all
+    columns: dict[str, str] | None = None,  # of tables: role: its column, if not a known one
+) -> tuple[list[Images], Counter]:  # in order, each once; files left out, by suffix
+    """List all that gets a report in images, folders, patterns, tables and prepared tasks.
+
+    Raises `FileNotFoundError` for a path that leads nowhere, `ValueError` for ids with several
+    meanings.
+    """
     given = [paths] if isinstance(paths, (str, Path)) else paths
-    parts = [([p], Counter()) if isinstance(p, Images) else _in_one(str(p), studies, split, columns) for p in given]
-    found, others = dict.fromkeys(s for part, _ in parts for s in part), sum((c for _, c in parts), Counter())
+    parts = [
+        ([p], Counter()) if isinstance(p, Images) else _in_one(str(p), studies, split, columns)
+        for p in given
+    ]
+    found = dict.fromkeys(s for part, _ in parts for s in part)
+    others = sum((c for _, c in parts), Counter())
     said = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common())
-    if not found: raise FileNotFoundError(f"no images in {paths}" + (f", only other files: {said}" if said else ""))
+    if not found:
+        raise FileNotFoundError(
+            f"no images in {paths}" + (f", only other files: {said}" if said else "")
+        )
     twice = [i for i, n in Counter(s.id for s in found).items() if n > 1]
-    if twice: raise ValueError(f"{len(twice)} ids stand for several studies, such as {twice[0]!r}: report on them one after another, to several outputs")
+    if twice:
+        raise ValueError(
+            f"{len(twice)} ids stand for several studies, such as {twice[0]!r}: "
+            "report on them one after another, to several outputs"
+        )
     return list(found), others
 
 # %% ../nbs/05_report.ipynb #05-038
 @lru_cache
 def _opener(folder: str | None):
-    "Return what opens an image: of a prepared task through its cache, else a file. Nothing is held in memory."
-    return ImageFolder(folder, limit=0) if folder else open_visible
+    "Return what opens an image: a prepared task's through its cache, else a file; none is held."
+    return ImageFolder(folder, limit=0) if folder else open_image
 
-def _in_words(error: Exception) -> str: # in one line
+
+def _open(path: str, folder: str | None):
+    "Open an image that shows something; raises `DataError` for any other."
+    image = _opener(folder)(path)
+    if is_blank(image):
+        what, mend = "blank: it shows nothing", "Fetch it again, or remove it from the data set."
+        raise DataError([Problem("", path, what, mend)])
+    return image
+
+
+def _in_words(error: Exception) -> str:  # in one line
     "Say what is wrong with an image."
-    if isinstance(error, DataError): error = "; ".join(f"{p.path}: {p.what}. {p.mend}" for p in error.problems)
+    if isinstance(error, DataError):
+        error = "; ".join(f"{p.path}: {p.what}. {p.mend}" for p in error.problems)
     return " ".join(_name(error).split()) or type(error).__name__
+
 
 class Pictures(Dataset):
     "Read studies as the model sees them: pixels (V, C, H, W) uint8, or what is wrong, in words."
 
     def __init__(self, studies: list[Images], processor: ReportImageProcessor):
-        self.studies, self.square, self.views = studies, processor.square, processor.views
+        self.studies = studies
+        self.square = processor.square
+        self.views = processor.views
 
-    def __len__(self) -> int: return len(self.studies)
+    def __len__(self) -> int:
+        return len(self.studies)
 
     def __getitem__(self, i: int) -> torch.Tensor | str:
         study = self.studies[i]
-        if not study.paths: return "no image is named"
-        try: return torch.stack(same_channels([self.square(_opener(study.folder)(p)) for p in study.paths[:self.views]]))
-        except Exception as e: return _in_words(e) # one bad file must not end the reading of thousands
+        if not study.paths:
+            return "no image is named"
+        try:
+            shown = [_open(path, study.folder) for path in study.paths[: self.views]]
+            views = [self.square(image) for image in shown]
+            return torch.stack(same_channels(views))
+        except Exception as e:
+            return _in_words(e)  # one bad file must not end the reading of thousands
 
 # %% ../nbs/05_report.ipynb #05-042
 def make_batch(
-    items: list[torch.Tensor | str], # of `Pictures`
-) -> tuple[list[str], dict[str, torch.Tensor]]: # an error a study; pixel_values and perhaps view_mask of those without
-    "Collate what could be read."
+    items: list[torch.Tensor | str],  # of `Pictures`
+) -> tuple[list[str], dict[str, torch.Tensor]]:  # an error a study; the batch of those without
+    "Collate what could be read: `pixel_values` and perhaps `view_mask`."
+    errors = [i if isinstance(i, str) else "" for i in items]
     good = [{"pixel_values": i} for i in items if not isinstance(i, str)]
-    return [i if isinstance(i, str) else "" for i in items], collate(good) if good else {}
+    batch = collate(good) if good else {}
+    return errors, batch
 
 # %% ../nbs/05_report.ipynb #05-045
-def _load(studies: list[Images], model: CvT2DistilGPT2, batch_size: int, workers: int) -> DataLoader:
+def _load(
+    studies: list[Images], model: CvT2DistilGPT2, batch_size: int, workers: int
+) -> DataLoader:
     "Read ahead; where there is but a batch, without other processes."
-    return DataLoader(Pictures(studies, model.image_processor), batch_size, collate_fn=make_batch,
-                      num_workers=min(workers, (len(studies) - 1)//batch_size), pin_memory=model.device.type == "cuda")
+    return DataLoader(
+        Pictures(studies, model.image_processor),
+        batch_size,
+        collate_fn=make_batch,
+        num_workers=min(workers, (len(studies) - 1) // batch_size),
+        pin_memory=model.device.type == "cuda",
+    )
+
 
 def _check(model: CvT2DistilGPT2, max_length: int | None) -> None:
     "Raise `ValueError` if the model cannot write, or not so many tokens."
-    if model.tokenizer is None: raise ValueError("the model has no tokenizer, so it cannot write")
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer, so it cannot write")
     most = model.config.decoder.n_positions
-    if max_length and max_length > most: raise ValueError(f"max_length is {max_length}, but the decoder has {most} positions")
+    if max_length and max_length > most:
+        raise ValueError(f"max_length is {max_length}, but the decoder has {most} positions")
 
 # %% ../nbs/05_report.ipynb #05-046
 @torch.no_grad()
 def stream_reports(
     studies: list[Images],
-    model: CvT2DistilGPT2, # with a tokenizer, on its device
+    model: CvT2DistilGPT2,  # with a tokenizer, on its device
     batch_size: int = 16,  # studies at a time
-    workers: int = 2,      # processes that read images
-    **rules,               # of `generate`: num_beams, max_length, dtype; None: its own
-) -> Iterator[list[tuple[str, str, str]]]: # a batch at a time: id, report, error
+    workers: int = 2,  # processes that read images
+    **rules,  # of `generate`: num_beams, max_length, dtype; None: its own
+) -> Iterator[list[tuple[str, str, str]]]:  # a batch at a time: id, report, error
     "Write reports in order as images come in; raises `ValueError` if the model cannot write."
     _check(model, rules.get("max_length"))
     model.eval()
@@ -197,56 +277,68 @@ def stream_reports(
     names = iter(studies)
     for errors, batch in _load(studies, model, batch_size, workers):
         batch = {name: tensor.to(model.device, non_blocking=True) for name, tensor in batch.items()}
-        reports = iter(decode_reports(model.tokenizer, model.generate(**batch, **rules)) if batch else ())
+        reports = iter(())
+        if batch:
+            reports = iter(decode_reports(model.tokenizer, model.generate(**batch, **rules)))
         yield [(next(names).id, "" if error else next(reports), error) for error in errors]
 
 # %% ../nbs/05_report.ipynb #05-051
 FIELDS = ("id", "report", "error", "made_with", "note")
 
+
 def made_with(
     model: CvT2DistilGPT2,
     num_beams: int,
-    max_length: int | None,    # None: the model's own
-    dtype: torch.dtype | None, # likewise
+    max_length: int | None,  # None: the model's own
+    dtype: torch.dtype | None,  # None: the model's own
 ) -> str:
     "Say what a report depends on besides its images."
-    length, kind = max_length or model.generation_config.max_length, str(dtype or model.dtype).removeprefix("torch.")
+    length = max_length or model.generation_config.max_length
+    kind = str(dtype or model.dtype).removeprefix("torch.")
     return f"weights {weights_hash(model)[:12]}, beams {num_beams}, max_length {length}, {kind}"
 
 # %% ../nbs/05_report.ipynb #05-053
 def to_record(
-    values: tuple[str, ...], # one for each of `FIELDS`
-    suffix: str,             # ".csv" or ".jsonl"
-) -> str:                    # ends with a line break
+    values: tuple[str, ...],  # one for each of `FIELDS`
+    suffix: str,  # ".csv" or ".jsonl"
+) -> str:  # ends with a line break
     "Write one line of an output."
-    if suffix == ".jsonl": return json.dumps(dict(zip(FIELDS, values)), ensure_ascii=False) + "\n"
+    if suffix == ".jsonl":
+        return json.dumps(dict(zip(FIELDS, values, strict=True)), ensure_ascii=False) + "\n"
     text = io.StringIO()
     csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(values)
     return text.getvalue()
 
+
 def from_record(
-    record: bytes, # as `to_record` makes it
+    record: bytes,  # as `to_record` makes it
     suffix: str,
-) -> dict[str, str]: # the values of `FIELDS`
+) -> dict[str, str]:  # the values of `FIELDS`
     "Read one line of an output; raises `ValueError` for anything else."
     text = record.decode()
-    if suffix == ".jsonl": row = json.loads(text)
-    else: row = dict(zip(FIELDS, next(csv.reader(io.StringIO(text, newline=""), strict=True)), strict=True))
-    if not isinstance(row, dict) or tuple(row) != FIELDS: raise ValueError("other fields")
+    if suffix == ".jsonl":
+        row = json.loads(text)
+    else:
+        cells = next(csv.reader(io.StringIO(text, newline=""), strict=True))
+        row = dict(zip(FIELDS, cells, strict=True))
+    if not isinstance(row, dict) or tuple(row) != FIELDS:
+        raise ValueError("other fields")
     return row
 
 # %% ../nbs/05_report.ipynb #05-058
 def whole_records(
-    path: Path, # of an output; it may not exist yet
+    path: Path,  # of an output; it may not exist yet
 ) -> Iterator[bytes]:
     "Read the whole records of an output, in CSV its header among them."
-    record, quoted = b"", path.suffix == ".csv"
+    record = b""
+    quoted = path.suffix == ".csv"
     with open(path, "rb") if path.exists() else io.BytesIO() as file:
         for line in file:
             record += line
             if record.endswith(b"\n") and not (quoted and record.count(b'"') % 2):
                 yield record
                 record = b""
+
 
 def open_to_append(
     path: Path,
@@ -255,58 +347,78 @@ def open_to_append(
     end = sum(map(len, whole_records(path)))
     file = open(path, "a", encoding="utf-8", newline="")
     file.truncate(end)
-    if not end and path.suffix == ".csv": file.write(to_record(FIELDS, path.suffix))
+    if not end and path.suffix == ".csv":
+        file.write(to_record(FIELDS, path.suffix))
     return file
 
 # %% ../nbs/05_report.ipynb #05-062
 def reported(
-    path: Path, # of an output
-    made: str | None = None, # what `made_with` says now; None: whatever
+    path: Path,  # of an output
+    made: str | None = None,  # what `made_with` says now; None: this is not looked at
 ) -> Iterator[dict[str, str]]:
-    "Read the rows of an output; raises `ValueError` for another kind of file, or reports made otherwise."
+    "Read an output's rows; raises `ValueError` for another kind of file, or of report."
     for n, record in enumerate(whole_records(path)):
-        try: row = from_record(record, path.suffix)
+        try:
+            row = from_record(record, path.suffix)
         except (ValueError, csv.Error) as e:
-            raise ValueError(f"{path} is in the way: record {n + 1} is none of this program ({e}); name another output") from e
+            raise ValueError(
+                f"{path} is in the way: record {n + 1} is none of this program ({e}); "
+                "name another output"
+            ) from e
         if path.suffix == ".csv" and n == 0:
-            if tuple(row.values()) != FIELDS: raise ValueError(f"{path} is in the way: its columns are not {', '.join(FIELDS)}; name another output")
+            if tuple(row.values()) != FIELDS:
+                raise ValueError(
+                    f"{path} is in the way: its columns are not {', '.join(FIELDS)}; "
+                    "name another output"
+                )
             continue
         if made and row["made_with"] != made:
-            raise ValueError(f"{path} holds reports made with {row['made_with']!r}, now it is {made!r}; name another output")
+            raise ValueError(
+                f"{path} holds reports made with {row['made_with']!r}, now it is {made!r}; "
+                "name another output"
+            )
         yield row
 
 # %% ../nbs/05_report.ipynb #05-067
-def part_paths(out: Path) -> list[Path]: # those that exist
+def part_paths(out: Path) -> list[Path]:  # those that exist
     "List the parts that several processes have written."
     return sorted(out.parent.glob(f"{glob.escape(out.stem)}.part*{out.suffix}"))
+
 
 def join_parts(
     out: Path,
     studies: list[Images],
 ) -> None:
-    "Join an output and its parts in the order of `studies`, whole or not at all; rows of others come last."
+    "Join an output and its parts in the order of `studies`, others last; whole or not at all."
     rows = {}
     for path in [out, *part_paths(out)]:
-        for record in whole_records(path): rows[from_record(record, out.suffix)["id"]] = record # in CSV the header, too
+        for record in whole_records(path):
+            rows[from_record(record, out.suffix)["id"]] = record  # in CSV the header, too
     first = ["id"] if out.suffix == ".csv" else []
     joined = out.with_name(out.name + ".joining")
     with open(joined, "wb") as file:
-        for name in dict.fromkeys([*first, *(s.id for s in studies if s.id in rows), *rows]): file.write(rows[name])
+        for name in dict.fromkeys([*first, *(s.id for s in studies if s.id in rows), *rows]):
+            file.write(rows[name])
     joined.replace(out)
-    for path in part_paths(out): path.unlink()
+    for path in part_paths(out):
+        path.unlink()
 
 # %% ../nbs/05_report.ipynb #05-071
-def _plan(out: Path, studies: list[Images], made: str) -> list[Images]: # what is left to do
+def _plan(out: Path, studies: list[Images], made: str) -> list[Images]:  # what is left to do
     "Look up what an output and its parts hold already; raises as `reported` does."
-    if out.suffix not in (".csv", ".jsonl"): raise ValueError(f"the output must end in .csv or .jsonl, not {out.name!r}")
+    if out.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"the output must end in .csv or .jsonl, not {out.name!r}")
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {row["id"] for path in [out, *part_paths(out)] for row in reported(path, made)}
     return [s for s in studies if s.id not in done]
 
+
 def _write(path: Path, studies: list[Images], model: CvT2DistilGPT2, made: str, **how) -> None:
-    "Append the reports of `studies`, each batch as it is done, under the first process's progress bar."
-    with open_to_append(path) as file, tqdm(total=len(studies), desc="reports", leave=False, disable=not processes().is_main_process) as bar:
-        if not studies: return
+    "Append the reports of `studies`, batch by batch, under the first process's progress bar."
+    shown = dict(desc="reports", leave=False, disable=not processes().is_main_process)
+    with open_to_append(path) as file, tqdm(total=len(studies), **shown) as bar:
+        if not studies:
+            return
         for batch in stream_reports(studies, model, **how):
             file.writelines(to_record((*row, made, NOTE), path.suffix) for row in batch)
             file.flush()
@@ -314,99 +426,162 @@ def _write(path: Path, studies: list[Images], model: CvT2DistilGPT2, made: str, 
 
 # %% ../nbs/05_report.ipynb #05-072
 def write_reports(
-    paths: list[str | Path | Images] | str | Path, # as `find_images` takes them
-    model: CvT2DistilGPT2,            # on its device
-    out: str | Path,                  # ends in .csv or .jsonl; what it holds is not done again
-    num_beams: int = 4,               # of the search
-    max_length: int | None = None,    # tokens of a report at most; None: the model's own
-    dtype: torch.dtype | None = None, # to compute in; None: the model's own
-    batch_size: int = 16,             # studies at a time
-    workers: int = 2,                 # processes that read images
-    **which,                          # for `find_images`: `studies`, `split`, `columns`
-) -> Path: # of the output
+    paths: list[str | Path | Images] | str | Path,  # as `find_images` takes them
+    model: CvT2DistilGPT2,  # on its device
+    out: str | Path,  # ends in .csv or .jsonl; what it holds is not done again
+    num_beams: int = 4,  # of the search
+    max_length: int | None = None,  # tokens of a report at most; None: the model's own
+    dtype: torch.dtype | None = None,  # to compute in; None: the model's own
+    batch_size: int = 16,  # studies at a time
+    workers: int = 2,  # processes that read images
+    **which,  # for `find_images`: `studies`, `split`, `columns`
+) -> Path:  # of the output
     "Write the reports of all images; raises as `find_images`, `reported` and `stream_reports` do."
-    out, state, made = Path(out).expanduser(), processes(), made_with(model, num_beams, max_length, dtype)
+    out = Path(out).expanduser()
+    state = processes()
+    made = made_with(model, num_beams, max_length, dtype)
     plan = [None]
-    if state.is_main_process: # it alone looks, so all have the same list
+    if state.is_main_process:  # it alone looks, so all have the same list
         studies = find_images(paths, **which)[0]
         plan = [(_plan(out, studies, made), state.num_processes == 1 and not part_paths(out))]
     left, alone = broadcast_object_list(plan)[0]
     place = out if alone else out.with_name(f"{out.stem}.part{state.process_index}{out.suffix}")
-    _write(place, left[state.process_index::state.num_processes], model, made, batch_size=batch_size, workers=workers,
-           num_beams=num_beams, max_length=max_length, dtype=dtype)
+    share = left[state.process_index :: state.num_processes]
+    rules = dict(num_beams=num_beams, max_length=max_length, dtype=dtype)
+    _write(place, share, model, made, batch_size=batch_size, workers=workers, **rules)
     state.wait_for_everyone()
-    if state.is_main_process and not alone: join_parts(out, studies)
+    if state.is_main_process and not alone:
+        join_parts(out, studies)
     return out
 
 # %% ../nbs/05_report.ipynb #05-081
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
+
 def _count(words: str, least: int = 1) -> int:
     "Read a whole number."
-    if not words.isdecimal() or int(words) < least: raise argparse.ArgumentTypeError(f"a whole number from {least} is wanted, not {words!r}")
+    if not words.isdecimal() or int(words) < least:
+        raise argparse.ArgumentTypeError(f"a whole number from {least} is wanted, not {words!r}")
     return int(words)
 
-def read_arguments(
-    argv: list[str] | None = None, # words of the command line; None: those the program was started with
-) -> argparse.Namespace:
-    "Read the command line; ends the program with a message for what it does not know."
-    parser = argparse.ArgumentParser(prog="python -m cvt2distilgpt2.report", description=f"Write reports of chest X-rays. {NOTE}", allow_abbrev=False)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="image, folder, pattern, table with a column of images, or prepared task")
-    parser.add_argument("--checkpoint", required=True, help="a run, a saved model's folder or hub name, or the released .ckpt")
-    parser.add_argument("--out", type=Path, help="file to write, .csv or .jsonl; what it holds is not done again (without: printed)")
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    "Add how reports are made."
+    length = "tokens of a report at most (the model's own)"
+    readers = "processes that read images (2)"
     parser.add_argument("--beams", type=_count, default=4, help="of the search (4)")
-    parser.add_argument("--max_length", type=partial(_count, least=2), help="tokens of a report at most (the model's own)")
+    parser.add_argument("--max_length", type=partial(_count, least=2), help=length)
     parser.add_argument("--batch_size", type=_count, default=16, help="studies at a time (16)")
-    parser.add_argument("--workers", type=partial(_count, least=0), default=2, help="processes that read images (2)")
+    parser.add_argument("--workers", type=partial(_count, least=0), default=2, help=readers)
     parser.add_argument("--device", help="such as cpu or cuda:1 (the GPU, where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="to compute in (the model's own)")
-    parser.add_argument("--studies", action="store_true", help="make the images of each folder the views of one study")
+
+# %% ../nbs/05_report.ipynb #05-081a
+def read_arguments(
+    argv: list[str] | None = None,  # of the command line; None: what the program was started with
+) -> argparse.Namespace:
+    "Read the command line; ends the program with a message for what it does not know."
+    parser = argparse.ArgumentParser(
+        prog="python -m cvt2distilgpt2.report",
+        description=f"Write reports of chest X-rays. {NOTE}",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="image, folder, pattern, table with a column of images, or prepared task",
+    )
+    model = "a run, a saved model's folder or hub name, or the released .ckpt"
+    parser.add_argument("--checkpoint", required=True, help=model)
+    out = "file to write, .csv or .jsonl; what it holds is not done again (without: printed)"
+    parser.add_argument("--out", type=Path, help=out)
+    _add_settings(parser)
+    studies = "make the images of each folder the views of one study"
+    parser.add_argument("--studies", action="store_true", help=studies)
     parser.add_argument("--split", choices=SPLITS, help="of prepared tasks (all)")
-    parser.add_argument("--columns", help="of tables: which column is which, such as image=path,id=study")
-    parser.add_argument("--tokenizer", default="distilgpt2", help="for a released .ckpt, which carries none: hub name or folder (distilgpt2)")
+    columns = "of tables: which column is which, such as image=path,id=study"
+    parser.add_argument("--columns", help=columns)
+    tokenizer = "for a released .ckpt, which carries none: hub name or folder (distilgpt2)"
+    parser.add_argument("--tokenizer", default="distilgpt2", help=tokenizer)
     return parser.parse_args(argv)
 
 # %% ../nbs/05_report.ipynb #05-083
 def _print_reports(studies: list[Images], model: CvT2DistilGPT2, **how) -> None:
     "Print each report under the name of its study."
     for batch in stream_reports(studies, model, **how):
-        for name, report, error in batch: print(f"{name}: {f'ERROR {error}' if error else report}", flush=True)
+        for name, report, error in batch:
+            text = f"ERROR {error}" if error else report
+            print(f"{name}: {text}", flush=True)
 
-def _find(args: argparse.Namespace) -> list[Images]: # for the first process alone; the others are told by it
-    "List what the command line names, and say on standard error what of it is left out; raises as `find_images` does."
-    if not processes().is_main_process: return []
-    paths = [p for p in args.paths if not args.out or Path(p).resolve() != args.out.resolve()] # a pattern may hold the output
+
+def _find(args: argparse.Namespace) -> list[Images]:
+    """List what the command line names, and say on standard error what of it is left out.
+
+    Raises as `find_images` does.
+    """
+    if not processes().is_main_process:
+        return []  # the first process tells the others
+    paths = args.paths
+    if args.out:  # which a pattern may hold
+        paths = [p for p in paths if Path(p).resolve() != args.out.resolve()]
     studies, others = find_images(paths, args.studies, args.split, named_columns(args.columns))
     left = ", ".join(f"{n:,} {suffix}" for suffix, n in others.most_common())
-    print(f"{len(studies):,} studies" + (f"; other files, left out: {left}" if left else ""), file=sys.stderr)
+    message = f"{len(studies):,} studies"
+    if left:
+        message += f"; other files, left out: {left}"
+    print(message, file=sys.stderr)
     return studies
 
 # %% ../nbs/05_report.ipynb #05-084
-def _report(args: argparse.Namespace) -> str: # what there is to say at the end
-    "Do what the command line asks for; raises as `find_images`, `load_model` and `write_reports` do."
+def _report(args: argparse.Namespace) -> str:  # what there is to say at the end
+    """Do what the command line asks for.
+
+    Raises as `find_images`, `load_model` and `write_reports` do.
+    """
     studies = _find(args)
-    if processes().num_processes > 1 and not args.out: raise ValueError("several processes write to a file: name it by --out")
-    model = load_model(args.checkpoint, os.path.expanduser(args.tokenizer)).to(args.device or processes().device)
+    if processes().num_processes > 1 and not args.out:
+        raise ValueError("several processes write to a file: name it by --out")
+    model = load_model(args.checkpoint, os.path.expanduser(args.tokenizer))
+    model = model.to(args.device or processes().device)
     views = model.image_processor.views
     if views and any(len(s.paths) > views for s in studies):
-        print(f"of each study the first {views} image{'s' * (views > 1)} alone, as the model was trained", file=sys.stderr)
-    how = dict(num_beams=args.beams, max_length=args.max_length, batch_size=args.batch_size, workers=args.workers, dtype=DTYPES.get(args.dtype))
+        images = f"the first {views} image{'s' * (views > 1)} alone"
+        print(f"of each study {images}, as the model was trained", file=sys.stderr)
+    how = dict(
+        num_beams=args.beams,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        dtype=DTYPES.get(args.dtype),
+    )
     if not args.out:
         _print_reports(studies, model, **how)
         return NOTE
     write_reports(studies, model, args.out, **how)
-    if not processes().is_main_process: return ""
+    if not processes().is_main_process:
+        return ""
     errors = Counter(bool(row["error"]) for row in reported(args.out))
     return f"{args.out}: {errors[False]:,} reports, {errors[True]:,} errors. {NOTE}"
 
+# %% ../nbs/05_report.ipynb #05-084a
 def main(
-    argv: list[str] | None = None, # words of the command line; None: those the program was started with
+    argv: list[str] | None = None,  # of the command line; None: what the program was started with
 ) -> None:
-    "Write reports from the command line: `python -m cvt2distilgpt2.report PATH... --checkpoint PATH [--out FILE]`; ends with a message if something is missing."
-    args = read_arguments(argv)
-    if args.out: args.out = args.out.expanduser()
-    try: said = _report(args)
-    except (OSError, ValueError, RuntimeError) as e: sys.exit(str(e))
-    if processes().is_main_process: print(said)
+    """Write reports from the command line; ends with a message if something is missing.
 
-if __name__ == "__main__" and "__file__" in globals(): main() # not in the notebook
+    `python -m cvt2distilgpt2.report PATH... --checkpoint PATH [--out FILE]`
+    """
+    args = read_arguments(argv)
+    if args.out:
+        args.out = args.out.expanduser()
+    try:
+        said = _report(args)
+    except (OSError, ValueError, RuntimeError) as e:
+        sys.exit(str(e))
+    if processes().is_main_process:
+        print(said)
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # not in the notebook

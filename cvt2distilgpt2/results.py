@@ -29,227 +29,376 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .clinical import OBSERVATIONS, Labeller, clinical_tables, finding_matrices, finding_table, load_chexbert, positives, study_f1
+# %% ../nbs/04_results.ipynb #04-004a
+from cvt2distilgpt2.clinical import (
+    OBSERVATIONS,
+    Labeller,
+    clinical_tables,
+    finding_matrices,
+    finding_table,
+    load_chexbert,
+    positives,
+    study_f1,
+)
 from .data import PROFILES, collate, texts_of
 from .decoder import decode_reports
-from .metrics import (CIDER_OF_ONE, METRICS, PROTOCOLS, Protocol, bootstrap_interval, chance_scores, compare_systems, constant_report, diversity, make_protocol, most_frequent_reports,
-                                    over_seeds, per_report, published, read_predictions, score_protocols, scored_text, shuffled, systems_statistics, with_interval)
+from cvt2distilgpt2.metrics import (
+    CIDER_OF_ONE,
+    METRICS,
+    PROTOCOLS,
+    Protocol,
+    bootstrap_interval,
+    chance_scores,
+    compare_systems,
+    constant_report,
+    diversity,
+    make_protocol,
+    most_frequent_reports,
+    over_seeds,
+    per_report,
+    published,
+    read_predictions,
+    score_protocols,
+    scored_text,
+    shuffled,
+    systems_statistics,
+    with_interval,
+)
+
+# %% ../nbs/04_results.ipynb #04-004b
 from .model import CvT2DistilGPT2, weights_hash
 from .phantom import FINDINGS, Finding
 from .prepare import prepare, settle, task_arguments
 from .tasks import TASKS, Study, Task, check_task, project_root, read_annotation
-from .train import check_run_data, has_drawn_findings, latest_run, load_model, make_dataset, references_of, run_facts, write_predictions
+from cvt2distilgpt2.train import (
+    check_run_data,
+    has_drawn_findings,
+    latest_run,
+    load_model,
+    make_dataset,
+    references_of,
+    run_facts,
+    write_predictions,
+)
 
 # %% ../nbs/04_results.ipynb #04-008
-OPTIONS = ("checkpoint", "predictions", "id_column", "report_column", "compare", "chexbert", "vocabulary") # parameters that are no fields of a task
+# parameters that are no fields of a task
+OPTIONS = (
+    "checkpoint",
+    "predictions",
+    "id_column",
+    "report_column",
+    "compare",
+    "chexbert",
+    "vocabulary",
+)
 
 # %% ../nbs/04_results.ipynb #04-012
 @dataclass(frozen=True)
 class Evaluation:
     "Hold what is scored, against what, and where the results go."
+
     task: Task
-    source: str | Path                      # the checkpoint, or the predictions file
-    studies: dict[str, list[Study]]         # of "train", "val" and "test"
-    protocol: Protocol                      # of the task's profile
-    folder: Path                            # where the results go
-    model: CvT2DistilGPT2 | None = None     # writes the reports; on the GPU, where there is one
-    written: list[str] | None = None        # or the reports of the file, one a test study
-    columns: tuple[str, str] = ("id", "generated") # of predictions files
+    source: str | Path  # the checkpoint, or the predictions file
+    studies: dict[str, list[Study]]  # of "train", "val" and "test"
+    protocol: Protocol  # of the task's profile
+    folder: Path  # where the results go
+    model: CvT2DistilGPT2 | None = None  # writes the reports; on the GPU, where there is one
+    written: list[str] | None = None  # or the reports of the file, one a test study
+    columns: tuple[str, str] = ("id", "generated")  # of predictions files
 
     @property
-    def as_written(self) -> list[list[str]]: # for each test study one text, or several
+    def as_written(self) -> list[list[str]]:  # for each test study one text, or several
         "Return what radiologists wrote of the test studies."
         return [list(s.references) for s in self.studies["test"]]
 
-    def labels(self, split: str) -> list[list[str]]: # for each study its label, or several
+    def labels(self, split: str) -> list[list[str]]:  # for each study its label, or several
         "Return what a model is trained to write."
         return references_of(self.studies[split], self.protocol.label)
 
 # %% ../nbs/04_results.ipynb #04-014
 def find_run(
-    checkpoint: str | Path, # as for `load_model`
-    task: Task,             # that is tested
-) -> Path | None:           # the run's folder; None: no run of this task
-    "Find the run that a checkpoint belongs to; raises `FileNotFoundError` for one that is not finished."
+    checkpoint: str | Path,  # as for `load_model`
+    task: Task,  # that is tested
+) -> Path | None:  # the run's folder; None: no run of this task
+    "Find the run of a checkpoint; raises `FileNotFoundError` for one that is not finished."
     folder = Path(checkpoint).expanduser().resolve()
-    if folder.name == "model": folder = folder.parent
-    config = folder/"config.json"
+    if folder.name == "model":
+        folder = folder.parent
+    config = folder / "config.json"
     trained = json.loads(config.read_text()) if config.is_file() else {}
-    if "annotation" not in trained: return None # the config of a model, or none
-    if not (folder/"metrics.json").exists():
-        raise FileNotFoundError(f"run {folder} is not finished; go on with it: papermill nbs/03_train.ipynb out.ipynb "
-                                f"-p task {trained['name'] if trained['name'] in TASKS else Path(trained['annotation']).parent} "
-                                f"-p run {folder.name}, and what else it was begun with")
-    same = trained["name"] == task.name or project_root()/"data"/trained["annotation"] == task.annotation_path
-    return folder if same else None
+    if "annotation" not in trained:
+        return None  # the config of a model, or none
+    if not (folder / "metrics.json").exists():
+        name = trained["name"]
+        address = name if name in TASKS else Path(trained["annotation"]).parent
+        raise FileNotFoundError(
+            f"run {folder} is not finished; go on with it: papermill nbs/03_train.ipynb out.ipynb "
+            f"-p task {address} "
+            f"-p run {folder.name}, and what else it was begun with"
+        )
+    same_data = project_root() / "data" / trained["annotation"] == task.annotation_path
+    return folder if trained["name"] == task.name or same_data else None
 
 # %% ../nbs/04_results.ipynb #04-017
-OF_DATA = ("style", "profile", "n_train", "n_val", "precision", "seed") # what a run knows and its model does not
+# what a run knows and its model does not
+OF_DATA = ("style", "profile", "n_train", "n_val", "precision", "seed")
+
 
 def as_trained(
     task: Task,
     model: CvT2DistilGPT2,
-    run: Path | None,            # from `find_run`
-    given: Collection[str] = (), # fields of `task` that were asked for, and stay
+    run: Path | None,  # from `find_run`
+    given: Collection[str] = (),  # fields of `task` that were asked for, and stay
 ) -> Task:
     "Give `task` the settings that a model was trained with."
     processor = model.image_processor
-    known = dict(resize=processor.resize, image_size=processor.image_size, max_length=model.generation_config.max_length)
-    if run or processor.views: known["views"] = processor.views # of a run, None means all
+    known = dict(
+        resize=processor.resize,
+        image_size=processor.image_size,
+        max_length=model.generation_config.max_length,
+    )
+    if run or processor.views:
+        known["views"] = processor.views  # of a run, None means all
     if run:
-        trained = json.loads((run/"config.json").read_text())
-        places = () if Path(task.annotation).is_absolute() else ("annotation", "images") # a path that was typed is meant
+        trained = json.loads((run / "config.json").read_text())
+        # a path that was typed is meant
+        places = () if Path(task.annotation).is_absolute() else ("annotation", "images")
         known |= {name: trained[name] for name in OF_DATA + places}
-    return check_task(replace(task, **{name: value for name, value in known.items() if name not in given}))
+    known = {name: value for name, value in known.items() if name not in given}
+    return check_task(replace(task, **known))
 
 # %% ../nbs/04_results.ipynb #04-019
 def results_folder(
     task: Task,
-    source: str | Path,      # a checkpoint, or a predictions file
-    run: Path | None = None, # from `find_run`
+    source: str | Path,  # a checkpoint, or a predictions file
+    run: Path | None = None,  # from `find_run`
 ) -> Path:
     "Say where the results on `task` lie."
-    if run: return run
+    if run:
+        return run
     path = Path(source).expanduser()
+    name = str(source)
     if path.exists():
         path = path.resolve()
-        source = path.parent.name if path.name == "model" else re.sub(r"(?i)\.(ckpt|csv|tsv|txt|jsonl?)$", "", path.name)
-    return project_root()/"runs"/task.name/("test_of_" + re.sub(r"[^\w.=-]+", "_", str(source)))
+        name = re.sub(r"(?i)\.(ckpt|csv|tsv|txt|jsonl?)$", "", path.name)
+        if path.name == "model":
+            name = path.parent.name
+    name = re.sub(r"[^\w.=-]+", "_", name)
+    return project_root() / "runs" / task.name / f"test_of_{name}"
 
 # %% ../nbs/04_results.ipynb #04-023
 def read_texts(
     task: Task,
-) -> dict[str, list[Study]]: # the studies of "train", "val" and "test"
-    "Read the studies of a task without its images; raises `FileNotFoundError`, and as `read_annotation` and `settle` do."
-    if not task.annotation_path.exists():
-        raise FileNotFoundError(f"task {task.name!r} wants {task.annotation_path}, which is not there: the references stand in it. It comes from: {task.source}")
-    problems, limits = [], dict(train=task.n_train, val=task.n_val, test=task.n_test)
-    read = read_annotation(task.annotation_path, problems)
-    studies = [s for split, all_of_it in read.items() for s in all_of_it[:limits[split]]]
-    return settle(studies, problems, task.on_problem, project_root()/"runs"/task.name/"problems.csv")
+) -> dict[str, list[Study]]:  # the studies of "train", "val" and "test"
+    """Read the studies of a task without its images.
 
+    Raises `FileNotFoundError`, and as `read_annotation` and `settle` do.
+    """
+    if not task.annotation_path.exists():
+        raise FileNotFoundError(
+            f"task {task.name!r} wants {task.annotation_path}, which is not there: "
+            f"the references stand in it. It comes from: {task.source}"
+        )
+    problems = []
+    splits = read_annotation(task.annotation_path, problems)
+    limits = dict(train=task.n_train, val=task.n_val, test=task.n_test)
+    studies = [s for split, listed in splits.items() for s in listed[: limits[split]]]
+    table = project_root() / "runs" / task.name / "problems.csv"
+    return settle(studies, problems, task.on_problem, table)
+
+# %% ../nbs/04_results.ipynb #04-023b
 def task_protocol(
     task: Task,
     studies: dict[str, list[Study]],
 ) -> Protocol:
-    "Make the protocol of a task's profile; raises `ValueError` where there is nothing to test, or nothing to make labels of."
+    """Make the protocol of a task's profile.
+
+    Raises `ValueError` where there is nothing to test, or nothing to make labels of.
+    """
     if not studies["test"]:
-        raise ValueError(f"task {task.name!r} has no test studies: {task.annotation_path} must list "
-                         'some under "test". To draw some, prepare it from its source with --split drawn')
+        raise ValueError(
+            f"task {task.name!r} has no test studies: {task.annotation_path} must list "
+            'some under "test". To draw some, prepare it from its source with --split drawn'
+        )
     if task.profile != "raw" and not studies["train"]:
-        raise ValueError(f"profile {task.profile!r} makes its vocabulary of the training reports, and {task.annotation_path} has none; use profile raw")
+        raise ValueError(
+            f"profile {task.profile!r} makes its vocabulary of the training reports, "
+            f"and {task.annotation_path} has none; use profile raw"
+        )
     return make_protocol(task.profile, task.style, texts_of(studies["train"]))
 
 # %% ../nbs/04_results.ipynb #04-024
 def open_checkpoint(
     task: Task,
-    checkpoint: str | Path | None = None, # None: the newest finished run
-    given: Collection[str] = (),          # fields of `task` that were asked for
+    checkpoint: str | Path | None = None,  # None: the newest finished run
+    given: Collection[str] = (),  # fields of `task` that were asked for
 ) -> Evaluation:
-    "Load a checkpoint and the data to test it on; raises as `latest_run`, `load_model`, `prepare` and `task_protocol` do."
+    """Load a checkpoint and the data to test it on.
+
+    Raises as `latest_run`, `load_model`, `prepare` and `task_protocol` do, and `ValueError` for a
+    model without a tokenizer.
+    """
     checkpoint = checkpoint or latest_run(task)
     run = find_run(checkpoint, task)
-    model = load_model(checkpoint, task.decoder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    if model.tokenizer is None: raise ValueError(f"{checkpoint} carries no tokenizer, so it cannot write")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(checkpoint, task.decoder).eval().to(device)
+    if model.tokenizer is None:
+        raise ValueError(f"{checkpoint} carries no tokenizer, so it cannot write")
     task = as_trained(task, model, run, given)
-    if run: check_run_data(run, task)
-    if model.device.type == "cpu": task = replace(task, precision="fp32") # as it will be
+    if run:
+        check_run_data(run, task)
+    if model.device.type == "cpu":
+        task = replace(task, precision="fp32")  # as it will be
     studies = prepare(task)
-    return Evaluation(task, checkpoint, studies, task_protocol(task, studies), results_folder(task, checkpoint, run), model)
+    protocol = task_protocol(task, studies)
+    folder = results_folder(task, checkpoint, run)
+    return Evaluation(task, checkpoint, studies, protocol, folder, model)
 
+# %% ../nbs/04_results.ipynb #04-024b
 def open_predictions(
     task: Task,
-    path: str | Path,                              # as `read_predictions` takes it
-    columns: tuple[str, str] = ("id", "generated"), # where ids and reports stand
+    path: str | Path,  # as `read_predictions` takes it
+    columns: tuple[str, str] = ("id", "generated"),  # where ids and reports stand
 ) -> Evaluation:
-    "Read a file of reports and what to score them against; raises as `read_texts`, `task_protocol` and `read_predictions` do."
+    """Read a file of reports and what to score them against.
+
+    Raises as `read_texts`, `task_protocol` and `read_predictions` do.
+    """
     studies = read_texts(task)
     protocol = task_protocol(task, studies)
-    written = list(read_predictions(path, [s.id for s in studies["test"]], *columns).values())
-    return Evaluation(task, path, studies, protocol, results_folder(task, path), written=written, columns=columns)
+    ids = [s.id for s in studies["test"]]
+    written = list(read_predictions(path, ids, *columns).values())
+    folder = results_folder(task, path)
+    return Evaluation(task, path, studies, protocol, folder, written=written, columns=columns)
 
 # %% ../nbs/04_results.ipynb #04-026
-WRITERS = ("style", "profile", "views", "resize", "image_size", "beams", "max_length", "precision") # settings that shape reports or references
+# settings that shape reports or references
+WRITERS = ("style", "profile", "views", "resize", "image_size", "beams", "max_length", "precision")
+
 
 def made_with(
     evaluation: Evaluation,
-) -> dict: # checkpoint and weights, or file; settings; and code, data, versions, hardware
+) -> dict:  # checkpoint and weights, or file; settings; and code, data, versions, hardware
     "Say with what a test is made."
-    task, source = evaluation.task, str(evaluation.source)
+    task = evaluation.task
+    source = str(evaluation.source)
     facts = dict(task=task.name) | run_facts(task, evaluation.studies)
     if evaluation.model is not None:
-        return facts | dict(checkpoint=source, weights_sha256=weights_hash(evaluation.model), settings={name: getattr(task, name) for name in WRITERS})
-    facts.pop("seed") # of what wrote the file nothing is known
-    return facts | dict(predictions=source, predictions_sha256=hashlib.sha256(Path(source).read_bytes()).hexdigest(),
-                        settings=dict(style=task.style, profile=task.profile, columns=list(evaluation.columns)))
+        return facts | dict(
+            checkpoint=source,
+            weights_sha256=weights_hash(evaluation.model),
+            settings={name: getattr(task, name) for name in WRITERS},
+        )
+    facts.pop("seed")  # of what wrote the file nothing is known
+    return facts | dict(
+        predictions=source,
+        predictions_sha256=hashlib.sha256(Path(source).read_bytes()).hexdigest(),
+        settings=dict(style=task.style, profile=task.profile, columns=list(evaluation.columns)),
+    )
 
 # %% ../nbs/04_results.ipynb #04-027
 SAME = ("weights_sha256", "predictions_sha256", "data", "settings")
 
+
 def check_earlier(evaluation: Evaluation) -> None:
-    "Raise `ValueError` that lists what differs from an earlier test in the same folder; the code may."
-    path = evaluation.folder/"results.json"
-    if not path.exists(): return
-    then, now = json.loads(path.read_text()), made_with(evaluation)
+    "Raise `ValueError` that lists what differs from an earlier test there; the code may differ."
+    path = evaluation.folder / "results.json"
+    if not path.exists():
+        return
+    then = json.loads(path.read_text())
+    now = made_with(evaluation)
     pairs = {n: (then.get(n), now.get(n)) for n in SAME if then.get(n) != now.get(n)}
     if "settings" in pairs:
-        names = sorted(then["settings"].keys() | now["settings"].keys())
-        pairs["settings"] = {n: (a, b) for n in names if (a := then["settings"].get(n)) != (b := now["settings"].get(n))}
-    if pairs: raise ValueError(f"{evaluation.folder} holds a test made otherwise (then, now): {pairs}. A checkpoint or a file is tested once; "
-                               f"to test it again, move predictions_test.csv, nearest_test.csv and results.json away, or give a file another name")
+        old, new = then["settings"], now["settings"]
+        names = sorted(old.keys() | new.keys())
+        pairs["settings"] = {n: (old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n)}
+    if pairs:
+        raise ValueError(
+            f"{evaluation.folder} holds a test made otherwise (then, now): {pairs}. "
+            "A checkpoint or a file is tested once; to test it again, move predictions_test.csv, "
+            "nearest_test.csv and results.json away, or give a file another name"
+        )
 
 # %% ../nbs/04_results.ipynb #04-028
 def open_evaluation(
     task: Task,
-    checkpoint: str | Path | None = None,  # None: the newest finished run, unless there are predictions
-    given: Collection[str] = (),           # fields of `task` that were asked for
-    predictions: str | Path | None = None, # a table of reports, instead of a checkpoint
-    columns: tuple[str, str] = ("id", "generated"), # of that file
+    checkpoint: str | Path | None = None,  # None, and no predictions: the newest finished run
+    given: Collection[str] = (),  # fields of `task` that were asked for
+    predictions: str | Path | None = None,  # a table of reports, instead of a checkpoint
+    columns: tuple[str, str] = ("id", "generated"),  # of that file
 ) -> Evaluation:
-    "Open what is scored and against what; raises as `open_checkpoint`, `open_predictions` and `check_earlier` do, `ValueError` for both at once."
+    """Open what is scored and against what.
+
+    Raises as `open_checkpoint`, `open_predictions` and `check_earlier` do, and `ValueError` for
+    a checkpoint and predictions at once.
+    """
     if checkpoint and predictions:
-        raise ValueError(f"give a checkpoint ({checkpoint}) or predictions ({predictions}), not both: one page is about one of them; the other may go to compare")
-    if predictions: evaluation = open_predictions(task, os.path.expanduser(predictions), columns)
-    else: evaluation = open_checkpoint(task, checkpoint and os.path.expanduser(checkpoint), given)
+        raise ValueError(
+            f"give a checkpoint ({checkpoint}) or predictions ({predictions}), not both: "
+            "one page is about one of them; the other may go to compare"
+        )
+    if predictions:
+        evaluation = open_predictions(task, os.path.expanduser(predictions), columns)
+    else:
+        evaluation = open_checkpoint(task, checkpoint and os.path.expanduser(checkpoint), given)
     check_earlier(evaluation)
     return evaluation
 
 # %% ../nbs/04_results.ipynb #04-033
 def read_others(
-    compare: str | list[str] | None, # runs or predictions files; a string may name several, commas between them
-    evaluation: Evaluation,          # its file's columns are those of the other files
-) -> dict[str, list[str]]: # by its path: a report a test study
-    "Read what is set beside an evaluation; raises as `read_predictions`, `FileNotFoundError` for a run not tested yet, `ValueError` for one named twice."
+    compare: str | list[str] | None,  # runs or predictions files; a string has commas between
+    evaluation: Evaluation,  # its file's columns are those of the other files
+) -> dict[str, list[str]]:  # by its path: a report a test study
+    """Read what is set beside an evaluation.
+
+    Raises as `read_predictions` does, `FileNotFoundError` for a run not tested yet, and
+    `ValueError` for one named twice.
+    """
     named = compare.split(",") if isinstance(compare, str) else map(str, compare or ())
     places = [os.path.expanduser(place.strip()) for place in named]
-    if len(set(places)) < len(places): raise ValueError(f"compare names one of {', '.join(places)} twice")
-    ids, others = [s.id for s in evaluation.studies["test"]], {}
+    if len(set(places)) < len(places):
+        raise ValueError(f"compare names one of {', '.join(places)} twice")
+    ids = [s.id for s in evaluation.studies["test"]]
+    others = {}
     for place in places:
         run = Path(place).is_dir()
-        path = Path(place)/"predictions_test.csv" if run else place
+        path = Path(place) / "predictions_test.csv" if run else place
         if run and not path.exists():
-            raise FileNotFoundError(f"{place} holds no predictions_test.csv; test it first: papermill nbs/04_results.ipynb out.ipynb "
-                                    f"-p task {evaluation.task.address} -p checkpoint {place}")
-        others[place] = list(read_predictions(path, ids, *(() if run else evaluation.columns), empty=run).values())
+            raise FileNotFoundError(
+                f"{place} holds no predictions_test.csv; test it first: "
+                "papermill nbs/04_results.ipynb out.ipynb "
+                f"-p task {evaluation.task.address} -p checkpoint {place}"
+            )
+        columns = () if run else evaluation.columns
+        others[place] = list(read_predictions(path, ids, *columns, empty=run).values())
     return others
 
+# %% ../nbs/04_results.ipynb #04-033b
 def open_labeller(
-    chexbert: str | Path | None,           # chexbert.pth
+    chexbert: str | Path | None,  # chexbert.pth
     task: Task,
-    vocabulary: str | Path = "bert-base-uncased", # hub name, folder or vocab.txt
-) -> Labeller | None: # None: not asked for
+    vocabulary: str | Path = "bert-base-uncased",  # hub name, folder or vocab.txt
+) -> Labeller | None:  # None: not asked for
     "Load CheXbert, its labels kept beside the task's runs; raises as `load_chexbert` does."
-    if not chexbert: return None
-    cache = project_root()/"runs"/task.name/"chexbert_labels.json"
+    if not chexbert:
+        return None
+    cache = project_root() / "runs" / task.name / "chexbert_labels.json"
     return load_chexbert(os.path.expanduser(chexbert), os.path.expanduser(vocabulary), cache=cache)
 
 # %% ../nbs/04_results.ipynb #04-038
-def _batches(evaluation: Evaluation, studies: list[Study], text: str) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(
+    evaluation: Evaluation, studies: list[Study], text: str
+) -> Iterator[dict[str, torch.Tensor]]:
     "Yield batches of `studies` on the model's device, under a progress bar."
     task = evaluation.task
     dataset = make_dataset(task, studies, evaluation.protocol.label, train=False)
-    loader = DataLoader(dataset, 4*task.device_batch, collate_fn=collate, num_workers=task.workers)
-    for batch in tqdm(loader, text, leave=False): yield {name: tensor.to(evaluation.model.device) for name, tensor in batch.items()}
+    loader = DataLoader(
+        dataset, 4 * task.device_batch, collate_fn=collate, num_workers=task.workers
+    )
+    for batch in tqdm(loader, text, leave=False):
+        yield {name: tensor.to(evaluation.model.device) for name, tensor in batch.items()}
+
 
 def _autocast(evaluation: Evaluation) -> torch.autocast:
     "Compute in the task's precision, which `open_checkpoint` sets to float32 on a CPU."
@@ -259,11 +408,13 @@ def _autocast(evaluation: Evaluation) -> torch.autocast:
 # %% ../nbs/04_results.ipynb #04-039
 @torch.no_grad()
 def generate_reports(
-    evaluation: Evaluation, # with a model
+    evaluation: Evaluation,  # with a model
     studies: list[Study],
-) -> list[str]: # a report a study, in their order
+) -> list[str]:  # a report a study, in their order
     "Write the reports of `studies` by the task's beam search."
-    task, model, reports = evaluation.task, evaluation.model, []
+    task = evaluation.task
+    model = evaluation.model
+    reports = []
     with _autocast(evaluation):
         for batch in _batches(evaluation, studies, "writing reports"):
             ids = model.generate(**batch, num_beams=task.beams, max_length=task.max_length)
@@ -273,23 +424,31 @@ def generate_reports(
 # %% ../nbs/04_results.ipynb #04-044
 @torch.no_grad()
 def image_features(
-    evaluation: Evaluation, # with a model
+    evaluation: Evaluation,  # with a model
     studies: list[Study],
-) -> torch.Tensor: # (n, width), each of length 1
+) -> torch.Tensor:  # (n, width), each of length 1
     "Average the visual tokens of each study, up to their length."
-    with _autocast(evaluation): # a view that is missing has tokens of zero: it changes a sum's length at most
-        tokens = [evaluation.model.encode(**batch).float().sum(1) for batch in _batches(evaluation, studies, "comparing images")]
+    with _autocast(evaluation):
+        # a view that is missing has tokens of zero: it changes a sum's length at most
+        tokens = [
+            evaluation.model.encode(**batch).float().sum(1)
+            for batch in _batches(evaluation, studies, "comparing images")
+        ]
     return torch.nn.functional.normalize(torch.cat(tokens), dim=-1)
 
+
 def nearest_reports(
-    evaluation: Evaluation, # with a model
+    evaluation: Evaluation,  # with a model
     studies: list[Study],
-    limit: int = 10_000, # training studies to search at most, chosen at random
-) -> list[str]: # the label of the nearest training study, for each of `studies`
+    limit: int = 10_000,  # training studies to search at most, chosen at random
+) -> list[str]:  # the label of the nearest training study, for each of `studies`
     "Let each study borrow the report of the training study whose image is most similar."
     known = evaluation.studies["train"]
-    if len(known) > limit: known = [known[i] for i in np.random.default_rng(0).choice(len(known), limit, replace=False)]
-    similar = image_features(evaluation, studies) @ image_features(evaluation, known).T # (n, training studies)
+    if len(known) > limit:
+        chosen = np.random.default_rng(0).choice(len(known), limit, replace=False)
+        known = [known[i] for i in chosen]
+    features = image_features(evaluation, studies)
+    similar = features @ image_features(evaluation, known).T  # (n, training studies)
     return [evaluation.protocol.label(known[i].report) for i in similar.argmax(1).tolist()]
 
 # %% ../nbs/04_results.ipynb #04-049
@@ -299,42 +458,64 @@ def _write_json(path: Path, content: dict) -> None:
     part.write_text(json.dumps(content, indent=1))
     part.replace(path)
 
+
 def _write_reports(evaluation: Evaluation) -> None:
-    "Write predictions_test.csv, nearest_test.csv where there are model and training studies, and what is known of their making."
-    folder, test, began = evaluation.folder, evaluation.studies["test"], time.time()
+    "Write predictions_test.csv, nearest_test.csv where it can be made, and results.json."
+    began = time.time()
+    folder = evaluation.folder
+    test = evaluation.studies["test"]
     folder.mkdir(parents=True, exist_ok=True)
-    save = lambda name, reports: write_predictions(folder/name, test, evaluation.labels("test"), reports)
-    save("predictions_test.csv", evaluation.written or generate_reports(evaluation, test))
-    if evaluation.model is not None and evaluation.studies["train"]: save("nearest_test.csv", nearest_reports(evaluation, test))
-    _write_json(folder/"results.json", made_with(evaluation) | dict(written=f"{datetime.now():%Y-%m-%d %H:%M}", seconds=round(time.time() - began)))
+    labels = evaluation.labels("test")
+    generated = evaluation.written or generate_reports(evaluation, test)
+    write_predictions(folder / "predictions_test.csv", test, labels, generated)
+    if evaluation.model is not None and evaluation.studies["train"]:
+        nearest = nearest_reports(evaluation, test)
+        write_predictions(folder / "nearest_test.csv", test, labels, nearest)
+    record = made_with(evaluation)
+    record["written"] = f"{datetime.now():%Y-%m-%d %H:%M}"
+    record["seconds"] = round(time.time() - began)
+    _write_json(folder / "results.json", record)
 
 # %% ../nbs/04_results.ipynb #04-050
 def reports_once(
-    evaluation: Evaluation, # from `open_evaluation`, which refuses another test in the same folder
-) -> pd.DataFrame: # id, reference, generated and, where there are model and training studies, nearest
+    evaluation: Evaluation,  # from `open_evaluation`, which refuses another test in the same folder
+) -> pd.DataFrame:  # id, reference, generated; nearest, if there are model and training studies
     "Write the test reports, or read those of an earlier call."
-    near = evaluation.model is not None and evaluation.studies["train"]
-    files = [evaluation.folder/name for name in ("predictions_test.csv", *(["nearest_test.csv"] if near else []))]
-    if not all(f.exists() for f in (*files, evaluation.folder/"results.json")): _write_reports(evaluation) # results.json comes last, so all others are whole
-    tables = [pd.read_csv(f, dtype=str, keep_default_na=False) for f in files] # "" and "None" are reports, too
-    return tables[0].assign(**{"nearest": t.generated for t in tables[1:]})
+    files = [evaluation.folder / "predictions_test.csv"]
+    if evaluation.model is not None and evaluation.studies["train"]:
+        files.append(evaluation.folder / "nearest_test.csv")
+    # results.json comes last, so all others are whole
+    if not all(f.exists() for f in (*files, evaluation.folder / "results.json")):
+        _write_reports(evaluation)
+    # "" and "None" are reports, too
+    reports, *nearest = [pd.read_csv(f, dtype=str, keep_default_na=False) for f in files]
+    if nearest:
+        reports["nearest"] = nearest[0].generated
+    return reports
 
 # %% ../nbs/04_results.ipynb #04-055
-OURS = "this model" # whatever wrote the reports that the page is about
-CONTROLS = ("nearest training study", "one report for all", "most frequent training report") # the one that knows most comes first
-SHUFFLES = 20       # one shuffle is luck
+OURS = "this model"  # whatever wrote the reports that the page is about
+# the one that knows most comes first
+CONTROLS = ("nearest training study", "one report for all", "most frequent training report")
+SHUFFLES = 20  # one shuffle is luck
+
 
 def control_reports(
     evaluation: Evaluation,
-    reports: pd.DataFrame, # from `reports_once`
-) -> dict[str, list[str]]: # system: its reports
+    reports: pd.DataFrame,  # from `reports_once`
+) -> dict[str, list[str]]:  # system: its reports
     "Collect the reports that are scored, and those of the controls that the data allow."
-    n, train, val = len(reports), [text for texts in evaluation.labels("train") for text in texts], evaluation.labels("val")
+    n = len(reports)
+    train = [text for texts in evaluation.labels("train") for text in texts]
+    val = evaluation.labels("val")
     systems = {OURS: list(reports.generated)}
     nearest, best, frequent = CONTROLS
-    if "nearest" in reports: systems[nearest] = list(reports.nearest)
-    if train and val: systems[best] = [constant_report(train, val)]*n
-    if train: systems[frequent] = most_frequent_reports(train)*n
+    if "nearest" in reports:
+        systems[nearest] = list(reports.nearest)
+    if train and val:
+        systems[best] = [constant_report(train, val)] * n
+    if train:
+        systems[frequent] = most_frequent_reports(train) * n
     return systems
 
 # %% ../nbs/04_results.ipynb #04-059
@@ -342,7 +523,10 @@ def score_systems(
     systems: dict[str, list[str]],  # from `control_reports`, and others
     evaluation: Evaluation,
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame | None]:  # system: statistics; of shuffles
-    "Collect the statistics of all systems, and score shuffles of our reports (None for one study); raises `JavaError`."
+    """Collect the statistics of all systems, and score shuffles of our reports.
+
+    Of one study there are no shuffles (None). Raises `JavaError`.
+    """
     references, protocol = evaluation.as_written, evaluation.protocol
     shuffles = range(SHUFFLES if len(references) > 1 else 0)
     # one dictionary, so that METEOR is started once
@@ -353,157 +537,226 @@ def score_systems(
 
 # %% ../nbs/04_results.ipynb #04-063
 def score_table(
-    statistics: dict[str, pd.DataFrame], # system: its `report_statistics`
-    chance: pd.DataFrame | None,         # of shuffled reports
+    statistics: dict[str, pd.DataFrame],  # system: its `report_statistics`
+    chance: pd.DataFrame | None,  # of shuffled reports
     task: Task,
-) -> pd.DataFrame: # a row for each system and metric: score, low, high (95 %), protocol, n, source
+) -> pd.DataFrame:  # a row for each system and metric: score, low, high (95 %), protocol, n, source
     "Score every system, with its interval, and add what was published on the task."
     rows = {name: bootstrap_interval(s) for name, s in statistics.items()}
-    if chance is not None: rows["shuffled over patients"] = chance.rename(columns={"mean": "score"})
-    ours = pd.concat(rows, names=["system", "metric"]).reset_index().assign(n=len(statistics[OURS]), source="this test")
-    theirs = published(task.name).reset_index().melt(["system", "n", "protocol", "source"], list(METRICS), "metric", "score").dropna(subset="score")
+    if chance is not None:
+        rows["shuffled over patients"] = chance.rename(columns={"mean": "score"})
+    ours = pd.concat(rows, names=["system", "metric"]).reset_index()
+    ours = ours.assign(n=len(statistics[OURS]), source="this test")
+    about = ["system", "n", "protocol", "source"]
+    theirs = published(task.name).reset_index().melt(about, list(METRICS), "metric", "score")
+    theirs = theirs.dropna(subset="score")
     return pd.concat([ours, theirs]) if len(theirs) else ours
 
 # %% ../nbs/04_results.ipynb #04-064
 def readable(
-    scores: pd.DataFrame, # from `score_table`
-) -> pd.DataFrame: # a row a system
+    scores: pd.DataFrame,  # from `score_table`
+) -> pd.DataFrame:  # a row a system
     "Write scores as a table to be read."
-    text = scores.assign(text=[with_interval(*row) for row in scores[["score", "low", "high"]].to_numpy()])
+    intervals = [with_interval(*row) for row in scores[["score", "low", "high"]].to_numpy()]
+    text = scores.assign(text=intervals)
     about = text.drop_duplicates("system").set_index("system")
-    table = text.pivot(index="system", columns="metric", values="text").reindex(index=about.index, columns=METRICS).fillna("")
+    table = text.pivot(index="system", columns="metric", values="text")
+    table = table.reindex(index=about.index, columns=METRICS).fillna("")
     return table.join(about[["n", "protocol", "source"]].astype({"n": "Int64"}))
 
 # %% ../nbs/04_results.ipynb #04-068
 def protocol_table(
     evaluation: Evaluation,
     generated: list[str],
-) -> pd.DataFrame: # a row a protocol: bleu_1, bleu_4, rouge_l, cider; missing: what is, and why
+) -> pd.DataFrame:  # a row a protocol: bleu_1, bleu_4, rouge_l, cider; missing: what is, and why
     "Score the same reports under several protocols; raises `JavaError`."
     style, train = evaluation.task.style, texts_of(evaluation.studies["train"])
-    protocols = [make_protocol(name, style, train) for name in PROTOCOLS if name not in PROFILES or (style and train)]
-    return score_protocols(generated, evaluation.as_written, protocols, ("bleu_1", "bleu_4", "rouge_l", "cider"))
+    protocols = [
+        make_protocol(name, style, train)
+        for name in PROTOCOLS
+        if name not in PROFILES or (style and train)
+    ]
+    return score_protocols(
+        generated, evaluation.as_written, protocols, ("bleu_1", "bleu_4", "rouge_l", "cider")
+    )
 
 # %% ../nbs/04_results.ipynb #04-073
 def report_scores(
-    reports: pd.DataFrame,    # from `reports_once`
-    statistics: pd.DataFrame, # their `report_statistics`
-    **clinical: np.ndarray,   # column: clinical scores (n,)
-) -> pd.DataFrame: # a row a report: id, words, reference_words, each metric, and `clinical`
+    reports: pd.DataFrame,  # from `reports_once`
+    statistics: pd.DataFrame,  # their `report_statistics`
+    **clinical: np.ndarray,  # column: clinical scores (n,)
+) -> pd.DataFrame:  # a row a report: id, words, reference_words, each metric, and `clinical`
     "Score each report on its own."
-    count = lambda texts: [len(scored_text(text).split()) for text in texts]
-    table = pd.DataFrame({"id": reports.id, "words": count(reports.generated), "reference_words": count(reports.reference)})
+
+    def count_words(texts):
+        return [len(scored_text(text).split()) for text in texts]
+
+    table = reports[["id"]].assign(
+        words=count_words(reports.generated),
+        reference_words=count_words(reports.reference),
+    )
     return table.join(per_report(statistics).reset_index(drop=True)).assign(**clinical)
 
 # %% ../nbs/04_results.ipynb #04-074
 def drawn_findings(
-    studies: list[Study], # of a test
-) -> list[list[Finding]] | None: # of each study; None: they are not phantoms, or not known
+    studies: list[Study],  # of a test
+) -> list[list[Finding]] | None:  # of each study; None: they are not phantoms, or not known
     "Tell what was drawn, as far as reports are judged by it."
-    if not has_drawn_findings(studies): return None
-    return [[Finding(f["type"], f.get("side"), f.get("place")) for f in s.findings] for s in studies]
+    if not has_drawn_findings(studies):
+        return None
+    return [
+        [Finding(f["type"], f.get("side"), f.get("place")) for f in s.findings] for s in studies
+    ]
 
+# %% ../nbs/04_results.ipynb #04-074b
 def clinical_columns(
     evaluation: Evaluation,
     generated: list[str],
-    labeller: Labeller | None, # from `open_labeller`
-) -> dict[str, np.ndarray]: # "finding_f1" where findings were drawn, "chexbert_f1" where there is CheXbert: (n,)
+    labeller: Labeller | None,  # from `open_labeller`
+) -> dict[str, np.ndarray]:  # "finding_f1" if findings were drawn, "chexbert_f1" if asked: (n,)
     "Score the content of each report, as far as it can be judged."
-    columns, drawn = {}, drawn_findings(evaluation.studies["test"])
-    if drawn is not None: columns["finding_f1"] = study_f1(*finding_matrices(generated, drawn))
-    if labeller: columns["chexbert_f1"] = study_f1(*map(positives, chexbert_labels(evaluation, generated, labeller)))
+    columns = {}
+    drawn = drawn_findings(evaluation.studies["test"])
+    if drawn is not None:
+        columns["finding_f1"] = study_f1(*finding_matrices(generated, drawn))
+    if labeller:
+        labels = chexbert_labels(evaluation, generated, labeller)
+        columns["chexbert_f1"] = study_f1(*map(positives, labels))
     return columns
+
 
 def chexbert_labels(
     evaluation: Evaluation,
     generated: list[str],
     labeller: Labeller,
-) -> tuple[np.ndarray, np.ndarray]: # (n, 14) each: of the labels that reports are scored against (of several the first), of the reports
-    "Label references and reports by CheXbert, each different text once."
-    return labeller([first for first, *_ in evaluation.labels("test")]), labeller(generated)
+) -> tuple[np.ndarray, np.ndarray]:  # (n, 14) each: of the references, of the reports
+    "Label references, as reports are scored against them, and reports, each different text once."
+    first = [texts[0] for texts in evaluation.labels("test")]  # of several references
+    return labeller(first), labeller(generated)
 
 # %% ../nbs/04_results.ipynb #04-083
 def diversity_table(
     evaluation: Evaluation,
-    reports: pd.DataFrame, # from `reports_once`
-) -> pd.DataFrame: # rows "generated" and "reference"; columns as `diversity`, and empty
+    reports: pd.DataFrame,  # from `reports_once`
+) -> pd.DataFrame:  # rows "generated" and "reference"; columns as `diversity`, and empty
     "Count distinct, frequent, unfinished, copied and empty reports."
     train = [text for texts in evaluation.labels("train") for text in texts]
-    rows = {name: diversity(list(reports[name]), train) | dict(empty=sum(not text.strip() for text in reports[name])) for name in ("generated", "reference")}
+    rows = {}
+    for name in ("generated", "reference"):
+        empty = sum(not text.strip() for text in reports[name])
+        rows[name] = diversity(list(reports[name]), train) | dict(empty=empty)
     return pd.DataFrame(rows).T
 
 # %% ../nbs/04_results.ipynb #04-090
 def readable_findings(
-    findings: pd.DataFrame, # from `finding_table`, or the observations of `clinical_tables`
-) -> pd.DataFrame: # a row a finding
+    findings: pd.DataFrame,  # from `finding_table`, or the observations of `clinical_tables`
+) -> pd.DataFrame:  # a row a finding
     "Write clinical scores as a table to be read."
     table = findings[["support", "predicted"]].copy()
-    for name in ("precision", "recall", "f1"): table[name] = [with_interval(*row) for row in findings[[name, f"{name}_low", f"{name}_high"]].to_numpy()]
+    for name in ("precision", "recall", "f1"):
+        columns = [name, f"{name}_low", f"{name}_high"]
+        table[name] = [with_interval(*row) for row in findings[columns].to_numpy()]
     return table.join(findings.filter(["f1_placed", "f1_shuffled"]).round(3))
 
 # %% ../nbs/04_results.ipynb #04-095
 def readable_clinical(
-    clinical: pd.DataFrame, # `clinical_scores`
+    clinical: pd.DataFrame,  # `clinical_scores`
     task: Task,
-) -> pd.DataFrame: # a row for each choice of observations and of uncertain, and for each published system
+) -> pd.DataFrame:  # a row a choice of observations and of uncertain, and a published system
     "Write clinical scores beside the published ones."
-    text = clinical.assign(text=[with_interval(*row) for row in clinical[["score", "low", "high"]].to_numpy()], column=clinical.metric + " " + clinical.average)
+    intervals = [with_interval(*row) for row in clinical[["score", "low", "high"]].to_numpy()]
+    text = clinical.assign(text=intervals, column=clinical.metric + " " + clinical.average)
     ours = text.pivot(index=["observations", "uncertain"], columns="column", values="text")
     ours.index = [f"{OURS}: {n} observations, uncertain as {way}" for n, way in ours.index]
-    columns = ["precision example", "recall example", "f1 example", "f1 macro", "f1 micro"]
-    theirs = published(task.name).rename(columns=dict(zip(("ce_precision", "ce_recall", "ce_f1", "ce_f1_macro", "ce_f1_micro"), columns)))
-    theirs = theirs[[*columns, "ce_averaging", "source"]].dropna(subset=columns, how="all").astype({c: object for c in columns})
-    return pd.concat([ours[columns].assign(source="this test"), theirs.rename(columns={"ce_averaging": "averaging"})]).fillna("")
+    names = {
+        "ce_precision": "precision example",
+        "ce_recall": "recall example",
+        "ce_f1": "f1 example",
+        "ce_f1_macro": "f1 macro",
+        "ce_f1_micro": "f1 micro",
+    }
+    columns = list(names.values())
+    theirs = published(task.name).rename(columns=names | {"ce_averaging": "averaging"})
+    theirs = theirs[[*columns, "averaging", "source"]].dropna(subset=columns, how="all")
+    theirs = theirs.astype(dict.fromkeys(columns, object))
+    return pd.concat([ours[columns].assign(source="this test"), theirs]).fillna("")
 
 # %% ../nbs/04_results.ipynb #04-103
 def compare_all(
-    statistics: dict[str, pd.DataFrame], # from `score_systems`
-    others: Collection[str],             # those of them that are no controls
-) -> pd.DataFrame: # from `compare_systems`
+    statistics: dict[str, pd.DataFrame],  # from `score_systems`
+    others: Collection[str],  # those of them that are no controls
+) -> pd.DataFrame:  # from `compare_systems`
     "Compare the control that knows most, and the others, with our reports."
     control = [name for name in CONTROLS if name in statistics][:1]
     return compare_systems({name: statistics[name] for name in (OURS, *control, *others)})
 
 # %% ../nbs/04_results.ipynb #04-104
 def readable_comparison(
-    comparison: pd.DataFrame, # from `compare_systems`
+    comparison: pd.DataFrame,  # from `compare_systems`
     metrics: tuple[str, ...] = ("bleu_4", "meteor", "rouge_l", "cider"),
-) -> pd.DataFrame: # a row for each system and metric
+) -> pd.DataFrame:  # a row for each system and metric
     "Write a comparison as a table to be read."
     shown = comparison[comparison.metric.isin(metrics)].dropna(subset="difference")
-    interval = lambda names: [with_interval(*row) for row in shown[names].to_numpy()]
-    return pd.DataFrame({"system": shown.system, "metric": shown.metric, "score": interval(["score", "low", "high"]),
-                         f"difference from {OURS}": interval(["difference", "difference_low", "difference_high"]), "p": shown.p.map("{:.4f}".format)})
 
+    def interval(names):
+        return [with_interval(*row) for row in shown[names].to_numpy()]
+
+    return pd.DataFrame(
+        {
+            "system": shown.system,
+            "metric": shown.metric,
+            "score": interval(["score", "low", "high"]),
+            f"difference from {OURS}": interval(
+                ["difference", "difference_low", "difference_high"]
+            ),
+            "p": shown.p.map("{:.4f}".format),
+        }
+    )
+
+# %% ../nbs/04_results.ipynb #04-105b
 def same_recipe(
-    folders: list[Path], # of runs, or of other results
+    folders: list[Path],  # of runs, or of other results
 ) -> bool:
     "Tell whether all are runs that differ in nothing but their seed."
-    configs = [json.loads((folder/"config.json").read_text()) for folder in folders if (folder/"config.json").is_file()]
+    paths = [folder / "config.json" for folder in folders]
+    configs = [json.loads(path.read_text()) for path in paths if path.is_file()]
     seeds = {config.pop("seed", None) for config in configs}
-    return len(folders) == len(configs) == len(seeds) > 1 and all(config == configs[0] for config in configs)
+    alike = all(config == configs[0] for config in configs)
+    return alike and len(folders) == len(configs) == len(seeds) > 1
+
 
 def seeds_table(
-    comparison: pd.DataFrame, # from `compare_systems`
-) -> pd.DataFrame: # from `over_seeds`: a row a metric
+    comparison: pd.DataFrame,  # from `compare_systems`
+) -> pd.DataFrame:  # from `over_seeds`: a row a metric
     "Summarise runs of one recipe, the control left out: another training is another number."
-    comparison = comparison[~comparison.system.isin(CONTROLS)]
-    return over_seeds([group.set_index("metric").score.to_dict() for _, group in comparison.groupby("system", sort=False)])
+    runs = comparison[~comparison.system.isin(CONTROLS)]
+    by_run = runs.set_index("metric").groupby("system", sort=False).score
+    return over_seeds([scores.to_dict() for _, scores in by_run])
 
 # %% ../nbs/04_results.ipynb #04-113
 def degeneracy(
-    scores: pd.DataFrame,    # from `score_table`
-    diversity: pd.DataFrame, # from `diversity_table`
-) -> list[str]: # reasons; empty: none was found
+    scores: pd.DataFrame,  # from `score_table`
+    diversity: pd.DataFrame,  # from `diversity_table`
+) -> list[str]:  # reasons; empty: none was found
     "Say why a model must be called degenerate."
     n, distinct = diversity.loc["generated", ["n", "distinct"]].astype(int)
-    known, reasons = int(diversity.distinct["reference"]), []
-    if n > 1 and distinct == 1: reasons.append(f"it writes one and the same report for all {n} studies")
-    elif distinct < known/20: reasons.append(f"it writes only {distinct} distinct reports for {n} studies, which have {known} distinct references")
+    known = int(diversity.distinct["reference"])
+    reasons = []
+    if n > 1 and distinct == 1:
+        reasons.append(f"it writes one and the same report for all {n} studies")
+    elif distinct < known / 20:
+        reasons.append(
+            f"it writes only {distinct} distinct reports for {n} studies, "
+            f"which have {known} distinct references"
+        )
     cider = scores[scores.metric == "cider"].set_index("system")
-    if "shuffled over patients" in cider.index and cider.low[OURS] <= cider.score["shuffled over patients"]:
-        reasons.append(f"its CIDEr, {with_interval(*cider.loc[OURS, ['score', 'low', 'high']])}, does not exceed what the same reports "
-                       f"get on other patients, {cider.score['shuffled over patients']:.3f}")
+    chance = cider.score.get("shuffled over patients")
+    if chance is not None and cider.low[OURS] <= chance:
+        ours = with_interval(*cider.loc[OURS, ["score", "low", "high"]])
+        reasons.append(
+            f"its CIDEr, {ours}, does not exceed what the same reports "
+            f"get on other patients, {chance:.3f}"
+        )
     return reasons
 
 # %% ../nbs/04_results.ipynb #04-117
@@ -511,10 +764,16 @@ def _of_source(evaluation: Evaluation) -> str:
     "Say what is scored, and how."
     n, name = len(evaluation.studies["test"]), evaluation.protocol.name
     said = f"**{n} test studies of {evaluation.task.name}, protocol {name}** ({PROTOCOLS[name]})."
-    if n < 100: said += f" With {n} {'study' if n == 1 else 'studies'} every interval is wide."
-    if evaluation.model is not None: return said
-    return (f"{said} The reports stand in a file, {Path(evaluation.source).name}; how they came about is not known here. "
-            f"A nearest-neighbour control needs the model and the images, and is left out.")
+    if n < 100:
+        said += f" With {n} {'study' if n == 1 else 'studies'} every interval is wide."
+    if evaluation.model is not None:
+        return said
+    return (
+        f"{said} The reports stand in a file, {Path(evaluation.source).name}; "
+        "how they came about is not known here. "
+        "A nearest-neighbour control needs the model and the images, and is left out."
+    )
+
 
 def _of_scores(scores: pd.DataFrame) -> str:
     "Say how the model's CIDEr stands to its controls."
@@ -523,139 +782,265 @@ def _of_scores(scores: pd.DataFrame) -> str:
     others = ", ".join(f"{name} {score:.3f}" for name, score in cider.score.items() if name != OURS)
     if model.n == 1:
         return f"{CIDER_OF_ONE}."
-    return f"CIDEr is {with_interval(model.score, model.low, model.high)}" + (f"; the controls get: {others}." if others else ".")
+    return f"CIDEr is {with_interval(model.score, model.low, model.high)}" + (
+        f"; the controls get: {others}." if others else "."
+    )
 
 # %% ../nbs/04_results.ipynb #04-118
 def _of_reports(scores: pd.DataFrame, diversity: pd.DataFrame) -> str:
     "Say how varied and how long the reports are, and whether the model is degenerate."
-    ours, theirs, reasons = diversity.loc["generated"], diversity.loc["reference"], degeneracy(scores, diversity)
-    said = (f"Distinct reports: {ours.distinct:.0f} of {ours.n:.0f} (references: {theirs.distinct:.0f}), the most frequent one {ours.most_frequent:.1%} of all; "
-            f"unfinished: {ours.unfinished:.1%} (references: {theirs.unfinished:.1%}); words a report: {ours.words:.1f} (references: {theirs.words:.1f}); "
-            f"different words: {ours.vocabulary:.0f} (references: {theirs.vocabulary:.0f}).")
-    if ours["empty"]: said += f" {ours['empty']:.0f} of {ours.n:.0f} reports are empty: nothing was written there."
-    if reasons: return f"{said} **This model is degenerate**: {'; '.join(reasons)}. Its scores say little about its reading of images."
-    if "shuffled over patients" not in set(scores.system): return said
-    return f"{said} That, and a CIDEr above that of the same reports on other patients, say that the reports depend on the patient."
+    ours = diversity.loc["generated"]
+    theirs = diversity.loc["reference"]
+    reasons = degeneracy(scores, diversity)
+    said = (
+        f"Distinct reports: {ours.distinct:.0f} of {ours.n:.0f} "
+        f"(references: {theirs.distinct:.0f}), "
+        f"the most frequent one {ours.most_frequent:.1%} of all; "
+        f"unfinished: {ours.unfinished:.1%} (references: {theirs.unfinished:.1%}); "
+        f"words a report: {ours.words:.1f} (references: {theirs.words:.1f}); "
+        f"different words: {ours.vocabulary:.0f} (references: {theirs.vocabulary:.0f})."
+    )
+    if ours["empty"]:
+        said += (
+            f" {ours['empty']:.0f} of {ours.n:.0f} reports are empty: nothing was written there."
+        )
+    if reasons:
+        return (
+            f"{said} **This model is degenerate**: {'; '.join(reasons)}. "
+            "Its scores say little about its reading of images."
+        )
+    if "shuffled over patients" not in set(scores.system):
+        return said
+    return (
+        f"{said} That, and a CIDEr above that of the same reports on other patients, "
+        "say that the reports depend on the patient."
+    )
 
 # %% ../nbs/04_results.ipynb #04-119
 def _of_findings(findings: pd.DataFrame) -> str:
     "Say how well drawn findings are reported."
-    micro, types = findings.loc["micro"], findings.loc[list(FINDINGS)].query("support > 0").f1
-    if not micro.support: return "No finding was drawn in these studies."
-    extremes = f"best reported is {types.idxmax()} ({types.max():.2f}), worst {types.idxmin()} ({types.min():.2f})" if types.max() else "none is reported rightly"
-    return (f"Of the findings drawn, micro-F1 is {with_interval(micro.f1, micro.f1_low, micro.f1_high)}, with side and place {micro.f1_placed:.3f}; "
-            f"shuffled over patients {micro.f1_shuffled:.3f}; {extremes}. Phantoms are drawings: nothing follows from them for patients.")
+    micro = findings.loc["micro"]
+    types = findings.loc[list(FINDINGS)].query("support > 0").f1
+    if not micro.support:
+        return "No finding was drawn in these studies."
+    extremes = "none is reported rightly"
+    if types.max():
+        extremes = (
+            f"best reported is {types.idxmax()} ({types.max():.2f}), "
+            f"worst {types.idxmin()} ({types.min():.2f})"
+        )
+    return (
+        "Of the findings drawn, "
+        f"micro-F1 is {with_interval(micro.f1, micro.f1_low, micro.f1_high)}, "
+        f"with side and place {micro.f1_placed:.3f}; "
+        f"shuffled over patients {micro.f1_shuffled:.3f}; {extremes}. "
+        "Phantoms are drawings: nothing follows from them for patients."
+    )
 
+# %% ../nbs/04_results.ipynb #04-119b
 def _of_chexbert(clinical: pd.DataFrame, observations: pd.DataFrame) -> str:
     "Say what CheXbert finds."
-    f1 = clinical[(clinical.metric == "f1") & (clinical.observations == 14)].set_index(["uncertain", "average"])
-    score = lambda *which: with_interval(*f1.loc[which, ["score", "low", "high"]])
-    never = [name for name in OBSERVATIONS if observations.support[name] and not observations.f1[name]]
+    f1 = clinical[(clinical.metric == "f1") & (clinical.observations == 14)]
+    f1 = f1.set_index(["uncertain", "average"])[["score", "low", "high"]]
+
+    def score(uncertain, average):
+        return with_interval(*f1.loc[(uncertain, average), :])
+
     chance = observations.f1_shuffled
-    return (f"CheXbert, 14 observations: F1 by example {score('negative', 'example')}, micro {score('negative', 'micro')}, macro {score('negative', 'macro')}; "
-            f"shuffled over patients {chance['example']:.3f}, {chance['micro']:.3f}, {chance['macro']:.3f}; with uncertain as positive {score('positive', 'example')}, {score('positive', 'micro')}, {score('positive', 'macro')}."
-            + (f" Never reported rightly: {', '.join(never)}." if never else "") + " CheXbert is a model and errs.")
+    said = (
+        f"CheXbert, 14 observations: F1 by example {score('negative', 'example')}, "
+        f"micro {score('negative', 'micro')}, macro {score('negative', 'macro')}; "
+        f"shuffled over patients {chance['example']:.3f}, {chance['micro']:.3f}, "
+        f"{chance['macro']:.3f}; with uncertain as positive {score('positive', 'example')}, "
+        f"{score('positive', 'micro')}, {score('positive', 'macro')}."
+    )
+    present = [name for name in OBSERVATIONS if observations.support[name]]
+    never = [name for name in present if not observations.f1[name]]
+    if never:
+        said += f" Never reported rightly: {', '.join(never)}."
+    return f"{said} CheXbert is a model and errs."
+
 
 def _of_content(tables: dict[str, pd.DataFrame]) -> str:
     "Say how right the reports are, or that it is not measured."
     said = [_of_findings(tables["findings"])] if "findings" in tables else []
-    if "clinical" in tables: said.append(_of_chexbert(tables["clinical"], tables["observations"]))
-    return " ".join(said) or ("Whether the findings are right is not measured here: overlap of words hardly notices a wrong side or a missed finding. "
-                              "CheXbert's weights, given as chexbert, would measure some of it.")
+    if "clinical" in tables:
+        said.append(_of_chexbert(tables["clinical"], tables["observations"]))
+    return " ".join(said) or (
+        "Whether the findings are right is not measured here: "
+        "overlap of words hardly notices a wrong side or a missed finding. "
+        "CheXbert's weights, given as chexbert, would measure some of it."
+    )
 
 # %% ../nbs/04_results.ipynb #04-120
 def _of_others(tables: dict[str, pd.DataFrame]) -> str:
     "Say how a control and others compare by CIDEr, study by study."
-    if "comparison" not in tables: return ""
+    if "comparison" not in tables:
+        return ""
     said = []
-    for r in tables["comparison"].query("metric == 'cider'").dropna(subset="difference").itertuples():
-        verdict = "worse than" if r.difference_high < 0 else "better than" if r.difference_low > 0 else "not to be told from"
-        said.append(f"{r.system} is {verdict} {OURS} (difference {with_interval(r.difference, r.difference_low, r.difference_high)}, p = {r.p:.4f})")
-    if said: said = [f"Study by study, in CIDEr: {'; '.join(said)}."]
-    if "seeds" in tables: said.append("The runs are seeds of one recipe: CIDEr {mean:.3f}, standard deviation {std:.3f}.".format(**tables["seeds"].loc["cider"]))
+    cider = tables["comparison"].query("metric == 'cider'").dropna(subset="difference")
+    for r in cider.itertuples():
+        verdict = "not to be told from"
+        if r.difference_high < 0:
+            verdict = "worse than"
+        elif r.difference_low > 0:
+            verdict = "better than"
+        difference = with_interval(r.difference, r.difference_low, r.difference_high)
+        said.append(f"{r.system} is {verdict} {OURS} (difference {difference}, p = {r.p:.4f})")
+    if said:
+        said = [f"Study by study, in CIDEr: {'; '.join(said)}."]
+    if "seeds" in tables:
+        cider = tables["seeds"].loc["cider"]
+        said.append(
+            f"The runs are seeds of one recipe: CIDEr {cider['mean']:.3f}, "
+            f"standard deviation {cider['std']:.3f}."
+        )
     return " ".join(said)
 
+# %% ../nbs/04_results.ipynb #04-120b
 def summary(
     evaluation: Evaluation,
-    tables: dict[str, pd.DataFrame], # from `all_tables`: scores, diversity; and findings, clinical and observations, comparison, seeds
-) -> str: # Markdown
+    tables: dict[str, pd.DataFrame],  # from `all_tables`: scores and diversity, at least
+) -> str:  # Markdown
     "Say in words what the numbers of a test show, and what they do not."
     scores, counts = tables["scores"], tables["diversity"]
-    limits = "The intervals tell of the choice of test studies alone, not of another seed or another hospital. **Not for clinical use.**"
-    parts = _of_source(evaluation), _of_scores(scores), _of_others(tables), _of_reports(scores, counts), _of_content(tables), limits
+    limits = (
+        "The intervals tell of the choice of test studies alone, "
+        "not of another seed or another hospital. **Not for clinical use.**"
+    )
+    parts = (
+        _of_source(evaluation),
+        _of_scores(scores),
+        _of_others(tables),
+        _of_reports(scores, counts),
+        _of_content(tables),
+        limits,
+    )
     return " ".join(filter(None, parts))
 
 # %% ../nbs/04_results.ipynb #04-125
-INDEXED = dict(protocols="protocol", findings="finding", observations="observation", seeds="metric") # what their rows are named after
+# what their rows are named after
+INDEXED = dict(protocols="protocol", findings="finding", observations="observation", seeds="metric")
+
 
 def _records(table: pd.DataFrame, name: str) -> list[dict]:
     "Turn a table into what JSON can hold: 15 decimals, and null for NaN."
-    if name in INDEXED: table = table.rename_axis(INDEXED[name])
-    return json.loads((table if isinstance(table.index, pd.RangeIndex) or name == "scores" else table.reset_index()).to_json(orient="records", double_precision=15))
+    if name in INDEXED:
+        table = table.rename_axis(INDEXED[name])
+    if name != "scores" and not isinstance(table.index, pd.RangeIndex):
+        table = table.reset_index()
+    return json.loads(table.to_json(orient="records", double_precision=15))
+
 
 def write_results(
     evaluation: Evaluation,
-    tables: dict[str, pd.DataFrame], # from `all_tables`
-) -> Path: # of results.json
+    tables: dict[str, pd.DataFrame],  # from `all_tables`
+) -> Path:  # of results.json
     "Write results.json, results.csv and scores_per_report.csv into the evaluation's folder."
-    path, names = evaluation.folder/"results.json", ("protocols", "comparison", "seeds", "findings", "clinical", "observations", "confusion")
+    path = evaluation.folder / "results.json"
+    names = (
+        "protocols",
+        "comparison",
+        "seeds",
+        "findings",
+        "clinical",
+        "observations",
+        "confusion",
+    )
     tables["scores"].to_csv(path.with_suffix(".csv"), index=False)
     tables["per_report"].to_csv(path.with_name("scores_per_report.csv"), index=False)
-    results = dict(scores=_records(tables["scores"], "scores"), diversity=json.loads(tables["diversity"].to_json(orient="index", double_precision=15)),
-                   **{name: _records(tables[name], name) if name in tables else None for name in names}, degenerate=degeneracy(tables["scores"], tables["diversity"]),
-                   scored_by=run_facts(evaluation.task, evaluation.studies)["code"], summary=summary(evaluation, tables))
+    results = dict(
+        scores=_records(tables["scores"], "scores"),
+        diversity=json.loads(tables["diversity"].to_json(orient="index", double_precision=15)),
+        **{name: _records(tables[name], name) if name in tables else None for name in names},
+        degenerate=degeneracy(tables["scores"], tables["diversity"]),
+        scored_by=run_facts(evaluation.task, evaluation.studies)["code"],
+        summary=summary(evaluation, tables),
+    )
     _write_json(path, json.loads(path.read_text()) | results)
     return path
 
 # %% ../nbs/04_results.ipynb #04-130
 def all_tables(
     evaluation: Evaluation,
-    reports: pd.DataFrame,                     # from `reports_once`
-    others: dict[str, list[str]] | None = None, # from `read_others`
-    labeller: Labeller | None = None,          # from `open_labeller`
-) -> dict[str, pd.DataFrame]: # scores, protocols, diversity, per_report; where they can be made findings, comparison, seeds, clinical, observations, confusion
-    "Make every table of a test; raises `JavaError`."
-    generated, drawn, others = list(reports.generated), drawn_findings(evaluation.studies["test"]), others or {}
+    reports: pd.DataFrame,  # from `reports_once`
+    others: dict[str, list[str]] | None = None,  # from `read_others`
+    labeller: Labeller | None = None,  # from `open_labeller`
+) -> dict[str, pd.DataFrame]:  # scores, protocols, diversity, per_report, comparison and more
+    """Make every table of a test; raises `JavaError`.
+
+    Where they can be made: findings, seeds, clinical, observations, confusion.
+    """
+    generated = list(reports.generated)
+    drawn = drawn_findings(evaluation.studies["test"])
+    others = others or {}
     systems = control_reports(evaluation, reports)
     statistics, chance = score_systems(systems | others, evaluation)
-    tables = dict(scores=score_table({name: statistics[name] for name in systems}, chance, evaluation.task), protocols=protocol_table(evaluation, generated),
-                  diversity=diversity_table(evaluation, reports),
-                  per_report=report_scores(reports, statistics[OURS], **clinical_columns(evaluation, generated, labeller)))
-    if drawn is not None: tables["findings"] = finding_table(generated, drawn)
-    if labeller: tables |= clinical_tables(*chexbert_labels(evaluation, generated, labeller))
+    tables = dict(
+        scores=score_table({name: statistics[name] for name in systems}, chance, evaluation.task),
+        protocols=protocol_table(evaluation, generated),
+        diversity=diversity_table(evaluation, reports),
+        per_report=report_scores(
+            reports, statistics[OURS], **clinical_columns(evaluation, generated, labeller)
+        ),
+    )
+    if drawn is not None:
+        tables["findings"] = finding_table(generated, drawn)
+    if labeller:
+        tables |= clinical_tables(*chexbert_labels(evaluation, generated, labeller))
     tables["comparison"] = compare_all(statistics, others)
-    if others and same_recipe([evaluation.folder, *map(Path, others)]): tables["seeds"] = seeds_table(tables["comparison"])
+    if others and same_recipe([evaluation.folder, *map(Path, others)]):
+        tables["seeds"] = seeds_table(tables["comparison"])
     return tables
 
 # %% ../nbs/04_results.ipynb #04-131
 def evaluate(
     evaluation: Evaluation,
-    others: dict[str, list[str]] | None = None, # from `read_others`
-    labeller: Labeller | None = None,           # from `open_labeller`
-) -> str: # tables and summary, to be printed
+    others: dict[str, list[str]] | None = None,  # from `read_others`
+    labeller: Labeller | None = None,  # from `open_labeller`
+) -> str:  # tables and summary, to be printed
     "Score reports, written now or read back, and write the results; raises `JavaError`."
     tables = all_tables(evaluation, reports_once(evaluation), others, labeller)
     path = write_results(evaluation, tables)
-    shown = [readable(tables["scores"]).drop(columns="source").T, tables["protocols"], tables["diversity"].T]
-    shown += [readable_findings(tables[name]) for name in ("findings", "observations") if name in tables]
-    if "clinical" in tables: shown.append(readable_clinical(tables["clinical"], evaluation.task).T)
-    if "comparison" in tables: shown.append(readable_comparison(tables["comparison"]).set_index(["system", "metric"]))
-    if "seeds" in tables: shown.append(tables["seeds"])
-    return "\n\n".join([*(t.round(3).to_string() for t in shown), summary(evaluation, tables), f"{path}"])
-
-
+    shown = [
+        readable(tables["scores"]).drop(columns="source").T,
+        tables["protocols"],
+        tables["diversity"].T,
+    ]
+    shown += [
+        readable_findings(tables[name]) for name in ("findings", "observations") if name in tables
+    ]
+    if "clinical" in tables:
+        shown.append(readable_clinical(tables["clinical"], evaluation.task).T)
+    if "comparison" in tables:
+        shown.append(readable_comparison(tables["comparison"]).set_index(["system", "metric"]))
+    if "seeds" in tables:
+        shown.append(tables["seeds"])
+    return "\n\n".join(
+        [*(t.round(3).to_string() for t in shown), summary(evaluation, tables), f"{path}"]
+    )
 
 # %% ../nbs/04_results.ipynb #04-132
 def main(argv: list[str] | None = None) -> None:
-    "Score from the command line: `python -m cvt2distilgpt2.results --task NAME [--checkpoint PATH | --predictions FILE] [--compare A,B] [--chexbert PATH] [--field value]`; ends with a message if something is missing."
+    """Score from the command line; end with a message if something is missing.
+
+    `python -m cvt2distilgpt2.results --task NAME [--checkpoint PATH | --predictions FILE]
+    [--compare A,B] [--chexbert PATH] [--field value]`
+    """
     task, extra = task_arguments(argv, extra=OPTIONS)
-    given = {word[2:].split("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word.startswith("--")}
+    words = sys.argv[1:] if argv is None else argv
+    given = {word[2:].split("=")[0] for word in words if word.startswith("--")}
     columns = extra["id_column"] or "id", extra["report_column"] or "generated"
+    vocabulary = extra["vocabulary"] or "bert-base-uncased"
+    predictions = extra["predictions"]
     try:
-        evaluation = open_evaluation(task, extra["checkpoint"], given, extra["predictions"], columns)
+        evaluation = open_evaluation(task, extra["checkpoint"], given, predictions, columns)
         others = read_others(extra["compare"], evaluation)
-        labeller = open_labeller(extra["chexbert"], evaluation.task, extra["vocabulary"] or "bert-base-uncased")
-    except (ValueError, OSError) as e: sys.exit(str(e))
+        labeller = open_labeller(extra["chexbert"], evaluation.task, vocabulary)
+    except (ValueError, OSError) as e:
+        sys.exit(str(e))
     print(evaluate(evaluation, others, labeller))
 
-if __name__ == "__main__" and "__file__" in globals(): main() # not in the notebook
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # not in the notebook

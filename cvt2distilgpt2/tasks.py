@@ -21,79 +21,89 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 # %% ../nbs/00a_tasks.ipynb #00a-007
-def project_root() -> Path: # the folder that holds `data/` and `runs/`
-    "Find the project's root: `CVT2DISTILGPT2_HOME`, else the folder above the package if it is a checkout, else the working directory."
-    if home := os.environ.get("CVT2DISTILGPT2_HOME"): return Path(home).expanduser().resolve()
-    places = [Path(__file__).resolve().parent.parent] if "__file__" in globals() else [Path.cwd(), Path.cwd().parent]
-    return next((p for p in places if (p/"settings.ini").exists()), Path.cwd())
+def project_root() -> Path:  # the folder that holds `data/` and `runs/`
+    "Find the root: `CVT2DISTILGPT2_HOME`, else the checkout's folder, else the working directory."
+    if home := os.environ.get("CVT2DISTILGPT2_HOME"):
+        return Path(home).expanduser().resolve()
+    if "__file__" in globals():
+        places = [Path(__file__).resolve().parent.parent]
+    else:
+        places = [Path.cwd(), Path.cwd().parent]
+    return next((p for p in places if (p / "settings.ini").exists()), Path.cwd())
 
 # %% ../nbs/00a_tasks.ipynb #00a-012
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     "Say where a task's data lie and how they are read."
-    name: str                        # of the task; its runs go to `runs/<name>/`
-    annotation: str                  # path of `annotation.json`; relative ones count from `data/`
-    images: str                      # the folder that each `image_path` is relative to
-    source: str                      # where the data come from, for whoever does not have them
-    style: str | None = None         # whose cleaning the profiles `chen` and `r2gen` apply: "mimic_cxr", "iu_x_ray" or None
-    profile: str = "raw"             # of the labels: "chen", "r2gen" (cleaned, cut, <unk>) or "raw" (as written)
-    views: int | None = None         # at most so many images a study, the first ones; None: all
-    n_train: int | None = None       # at most so many training studies, the first ones; None: all
-    n_val: int | None = None         # likewise for validation
-    n_test: int | None = None        # likewise for the test
-    on_problem: str = "stop"         # what bad data do: "stop", or "skip": go on without them, count and list them
-    resize: int = 448                # short side in pixels before the crop (448: as published)
-    image_size: int = 384            # side in pixels of the square that the encoder sees (384: CvT-21's own)
-    rotation: float = 5.0            # training images are turned by at most so many degrees, either way
+
+    name: str  # of the task; its runs go to `runs/<name>/`
+    annotation: str  # path of `annotation.json`; relative ones count from `data/`
+    images: str  # the folder that each `image_path` is relative to
+    source: str  # where the data come from, for a user who lacks them
+    style: str | None = None  # whose cleaning "chen" and "r2gen" apply: "mimic_cxr" or "iu_x_ray"
+    profile: str = "raw"  # of labels: "chen", "r2gen" (cleaned, cut, <unk>), "raw" (as written)
+    views: int | None = None  # at most so many images a study, the first ones; None: all
+    n_train: int | None = None  # at most so many training studies, the first ones; None: all
+    n_val: int | None = None  # at most so many for validation
+    n_test: int | None = None  # at most so many for the test
+    on_problem: str = "stop"  # at bad data: "stop", or "skip": leave out, count and list them
+    resize: int = 448  # short side in pixels before the crop (448: as published)
+    image_size: int = 384  # side in pixels of the square that the encoder sees (384: CvT-21's own)
+    rotation: float = 5.0  # training images are turned by at most so many degrees, either way
 
 # %% ../nbs/00a_tasks.ipynb #00a-014
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     "Say which model a task trains, and how it writes."
-    model: str = "full"                         # "full": CvT-21 and DistilGPT2, warm-started; "small": from scratch, for a CPU
-    encoder: str = "microsoft/cvt-21-384-22k"   # hub name, folder or Microsoft's .pth; unused by "small"
-    decoder: str = "distilgpt2"                 # hub name or folder, its tokenizer with it; unused by "small"
-    beams: int = 4                              # at the test
-    max_length: int = 128                       # tokens of a report at most, [BOS] counted
+
+    model: str = "full"  # CvT-21 and DistilGPT2, warm-started; "small": from scratch, for a CPU
+    # encoder and decoder are unused by "small"
+    encoder: str = "microsoft/cvt-21-384-22k"  # hub name, folder or Microsoft's .pth
+    decoder: str = "distilgpt2"  # hub name or folder, its tokenizer with it
+    beams: int = 4  # at the test
+    max_length: int = 128  # tokens of a report at most, [BOS] counted
 
 # %% ../nbs/00a_tasks.ipynb #00a-016
 @dataclass(frozen=True, kw_only=True)
 class RecipeSettings:
     "Say how a task's model is trained."
-    recipe: str = "released"         # which published recipe: "released" or "public"
-    encoder_lr: float = 1e-5         # learning rate of the encoder
-    lr: float = 1e-4                 # learning rate of projection and decoder
-    weight_decay: float = 0.01       # on all parameters: AdamW's own default, as published
-    schedule: str = "constant"       # of the learning rates: "constant" (published), "linear" or "cosine"
-    warmup: int = 0                  # steps of linear warm-up
-    clip: float = 0.0                # largest norm of the gradient; 0: no clipping, as published
-    batch_size: int = 16             # studies a step, over all devices
-    device_batch: int = 4            # studies at once on a device, as published (BatchNorm sees so many); the rest by accumulation
-    warm_start: int = 0              # epochs in which a small model's encoder first learns to name drawn findings
-    epochs: int = 100                # at most; early stopping ends most runs long before
-    patience: int = 10               # epochs without a better validation CIDEr before training stops
-    min_delta: float = 1e-4          # what counts as better
-    precision: str = "fp16"          # on a GPU: "fp16" (published), "bf16" or "fp32"; on a CPU it is always fp32
-    val_beams: int = 4               # at validation
-    seed: int = 0                    # of weights, order and augmentation
-    workers: int = 2                 # processes that load images
+
+    recipe: str = "released"  # which published recipe: "released" or "public"
+    encoder_lr: float = 1e-5  # learning rate of the encoder
+    lr: float = 1e-4  # learning rate of projection and decoder
+    weight_decay: float = 0.01  # on all parameters: AdamW's own default, as published
+    schedule: str = "constant"  # of the rates: "constant" (published), "linear" or "cosine"
+    warmup: int = 0  # steps of linear warm-up
+    clip: float = 0.0  # largest norm of the gradient; 0: no clipping, as published
+    batch_size: int = 16  # studies a step, over all devices
+    # studies at once on a device, as published (BatchNorm sees so many); the rest by accumulation
+    device_batch: int = 4
+    warm_start: int = 0  # epochs in which a small encoder first learns to name drawn findings
+    epochs: int = 100  # at most; early stopping ends most runs long before
+    patience: int = 10  # epochs without a better validation CIDEr before training stops
+    min_delta: float = 1e-4  # what counts as better
+    precision: str = "fp16"  # on a GPU: "fp16" (published), "bf16", "fp32"; a CPU has fp32 alone
+    val_beams: int = 4  # at validation
+    seed: int = 0  # of weights, order and augmentation
+    workers: int = 2  # processes that load images
 
 # %% ../nbs/00a_tasks.ipynb #00a-017
 RECIPES = {"released": {}, "public": dict(encoder_lr=5e-5, lr=5e-4, val_beams=1)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task(RecipeSettings, ModelSettings, DataSettings):
     "Hold every setting of a task; all else derives from it."
 
     @property
-    def annotation_path(self) -> Path: # absolute
+    def annotation_path(self) -> Path:  # absolute
         "Return where `annotation.json` lies."
-        return project_root()/"data"/self.annotation
+        return project_root() / "data" / self.annotation
 
     @property
-    def image_folder(self) -> Path: # absolute
+    def image_folder(self) -> Path:  # absolute
         "Return the folder that image paths are relative to."
-        return project_root()/"data"/self.images
+        return project_root() / "data" / self.images
 
     @property
     def address(self) -> str:
@@ -102,150 +112,237 @@ class Task(RecipeSettings, ModelSettings, DataSettings):
 
 # %% ../nbs/00a_tasks.ipynb #00a-020
 DEMO = Task(
-    name="demo", annotation="demo/annotation.json", images="demo/images",
+    name="demo",
+    annotation="demo/annotation.json",
+    images="demo/images",
     source="drawn by this project (00b_phantom); nothing to download",
-    n_train=5000, n_val=300, n_test=400,
-    views=1,             # frontal only: a second view would double the time
-    resize=116,          # the random crop from 116 to 112 shifts a phantom by up to 4 pixels
+    n_train=5000,
+    n_val=300,
+    n_test=400,
+    views=1,  # frontal only: a second view would double the time
+    resize=116,  # the random crop from 116 to 112 shifts a phantom by up to 4 pixels
     image_size=112,
-    rotation=0.0,        # phantoms are drawn rotated already
-    model="small", beams=4, max_length=96,
-    lr=2e-3,             # from scratch, so a high rate
-    encoder_lr=3e-4,     # after its warm start, so a lower one
-    schedule="cosine", warmup=100, clip=1.0,
-    batch_size=16, device_batch=16, # more, smaller steps learn more in the same minutes
-    warm_start=8,        # the encoder's own ImageNet: see 03_train
-    epochs=4, val_beams=1, precision="fp32", workers=0)
+    rotation=0.0,  # phantoms are drawn rotated already
+    model="small",
+    beams=4,
+    max_length=96,
+    lr=2e-3,  # from scratch, so a high rate
+    encoder_lr=3e-4,  # after its warm start, so a lower one
+    schedule="cosine",
+    warmup=100,
+    clip=1.0,
+    batch_size=16,
+    device_batch=16,  # more, smaller steps learn more in the same minutes
+    warm_start=8,  # the encoder's own ImageNet: see 03_train
+    epochs=4,
+    val_beams=1,
+    precision="fp32",
+    workers=0,
+)
 
 # %% ../nbs/00a_tasks.ipynb #00a-022
 MIMIC_CXR = Task(
-    name="mimic_cxr", style="mimic_cxr", profile="chen",
-    annotation="mimic_cxr/annotation.json", images="mimic_cxr/images",
+    name="mimic_cxr",
+    style="mimic_cxr",
+    profile="chen",
+    annotation="mimic_cxr/annotation.json",
+    images="mimic_cxr/images",
     source="MIMIC-CXR-JPG (images) and MIMIC-CXR (reports) from PhysioNet, credentialed access, "
-           "made ready by `python -m cvt2distilgpt2.prepare --task mimic_cxr --source FOLDER`")
+    "made ready by `python -m cvt2distilgpt2.prepare --task mimic_cxr --source FOLDER`",
+)
 
 IU_X_RAY = Task(
-    name="iu_x_ray", style="iu_x_ray", profile="chen",
-    annotation="iu_x_ray/annotation.json", images="iu_x_ray/images",
-    views=2,             # as published
-    source="IU X-Ray from Open-i, Indiana University (CC BY-NC-ND 4.0), or as renamed by the authors of R2Gen (Chen et al. 2020), "
-           "made ready by `python -m cvt2distilgpt2.prepare --task iu_x_ray --source FOLDER`")
+    name="iu_x_ray",
+    style="iu_x_ray",
+    profile="chen",
+    annotation="iu_x_ray/annotation.json",
+    images="iu_x_ray/images",
+    views=2,  # as published
+    source="IU X-Ray from Open-i, Indiana University (CC BY-NC-ND 4.0), "
+    "or as renamed by the authors of R2Gen (Chen et al. 2020), "
+    "made ready by `python -m cvt2distilgpt2.prepare --task iu_x_ray --source FOLDER`",
+)
 
 TASKS = {t.name: t for t in (DEMO, MIMIC_CXR, IU_X_RAY)}
-ALIASES = {"mimic_cxr_jpg_chen": "mimic_cxr", "iu_x_ray_chen": "iu_x_ray"} # the names of the released checkpoints
+# the names of the released checkpoints
+ALIASES = {"mimic_cxr_jpg_chen": "mimic_cxr", "iu_x_ray_chen": "iu_x_ray"}
 
 # %% ../nbs/00a_tasks.ipynb #00a-027
 def _check_text(name: str, value) -> None:
     "Raise `TypeError` unless `value` is text or a path, several of them, or None."
     several = value if isinstance(value, (list, tuple)) else [value]
     for part in several:
-        if part is None or isinstance(part, (str, os.PathLike)): continue
+        if part is None or isinstance(part, (str, os.PathLike)):
+            continue
         raise TypeError(
             f"parameter {name!r} must be text (str), not {type(part).__name__} ({part!r}). "
             f"papermill's -p makes numbers of words such as 0012, 2026_01 and 1e5: "
             f"type `-r {name} WORD`, which leaves the word as it is, "
-            f"or quotes where you write in a notebook or in YAML")
+            f"or quotes where you write in a notebook or in YAML"
+        )
 
 # %% ../nbs/00a_tasks.ipynb #00a-027a
 def _check_value(name: str, value):
     "Return `value` as the field `name` holds it; raises `TypeError`."
     hint = typing.get_type_hints(Task)[name]
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if str in allowed: _check_text(name, value)
-    if type(value) is int and float in allowed: return float(value)
-    if type(value) in allowed: return value
+    if str in allowed:
+        _check_text(name, value)
+    if type(value) is int and float in allowed:
+        return float(value)
+    if type(value) in allowed:
+        return value
     wanted = " or ".join(t.__name__ for t in allowed if t is not type(None))
     raise TypeError(f"parameter {name!r} must be {wanted}, not {type(value).__name__} ({value!r})")
+
 
 def _check_names(names, known) -> None:
     "Raise `TypeError` that lists what is misspelt in `names` and what is known."
     wrong = [n for n in names if n not in known]
-    if not wrong: return
-    hints = {n: get_close_matches(n, known, 1) for n in wrong}
-    said = ", ".join(f"{n!r}" + (f" (did you mean {h[0]!r}?)" if h else "") for n, h in hints.items())
-    raise TypeError(f"unknown parameter {said}; known: {', '.join(sorted(known))}")
+    if not wrong:
+        return
+    listed = []
+    for name in wrong:
+        close = get_close_matches(name, known, 1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        listed.append(f"{name!r}{hint}")
+    raise TypeError(f"unknown parameter {', '.join(listed)}; known: {', '.join(sorted(known))}")
 
 # %% ../nbs/00a_tasks.ipynb #00a-029
-CHOICES = dict(on_problem=("stop", "skip"), profile=("chen", "r2gen", "raw"), style=("mimic_cxr", "iu_x_ray"),
-               model=("full", "small"), recipe=tuple(RECIPES), schedule=("constant", "linear", "cosine"), precision=("fp16", "bf16", "fp32"))
-POSITIVE = ("views", "n_train", "n_val", "n_test", "image_size", "beams", "batch_size", "device_batch", "epochs", "patience", "val_beams")
+CHOICES = dict(
+    on_problem=("stop", "skip"),
+    profile=("chen", "r2gen", "raw"),
+    style=("mimic_cxr", "iu_x_ray"),
+    model=("full", "small"),
+    recipe=tuple(RECIPES),
+    schedule=("constant", "linear", "cosine"),
+    precision=("fp16", "bf16", "fp32"),
+)
+POSITIVE = (
+    "views",
+    "n_train",
+    "n_val",
+    "n_test",
+    "image_size",
+    "beams",
+    "batch_size",
+    "device_batch",
+    "epochs",
+    "patience",
+    "val_beams",
+)
 
-def check_task(task: Task) -> Task: # the same
+# %% ../nbs/00a_tasks.ipynb #00a-029b
+def check_task(task: Task) -> Task:  # the same
     "Refuse values that no run could use; raises `ValueError` that names all of them."
-    wrong = [f"{n} must be one of {', '.join(c)}, not {getattr(task, n)!r}" for n, c in CHOICES.items()
-             if getattr(task, n) not in c + (None,)]
-    wrong += [f"{n} must be at least 1, not {getattr(task, n)}" for n in POSITIVE
-              if getattr(task, n) is not None and getattr(task, n) < 1]
-    if task.resize < task.image_size: wrong.append(f"resize ({task.resize}) must not be below image_size ({task.image_size})")
-    if task.max_length < 2: wrong.append(f"max_length must be at least 2 ([BOS] counts), not {task.max_length}")
+    wrong = [
+        f"{n} must be one of {', '.join(c)}, not {getattr(task, n)!r}"
+        for n, c in CHOICES.items()
+        if getattr(task, n) not in c + (None,)
+    ]
+    wrong += [
+        f"{n} must be at least 1, not {getattr(task, n)}"
+        for n in POSITIVE
+        if getattr(task, n) is not None and getattr(task, n) < 1
+    ]
+    if task.resize < task.image_size:
+        sizes = f"resize ({task.resize}) must not be below image_size ({task.image_size})"
+        wrong.append(f"{sizes}: give both, such as resize={task.resize}, image_size={task.resize}")
+    if task.max_length < 2:
+        wrong.append(f"max_length must be at least 2 ([BOS] counts), not {task.max_length}")
     if task.profile != "raw" and not task.style:
-        wrong.append(f"profile {task.profile!r} needs a style (whose cleaning): {' or '.join(CHOICES['style'])}")
-    if wrong: raise ValueError(f"task {task.name!r}: " + "; ".join(wrong))
+        styles = " or ".join(CHOICES["style"])
+        wrong.append(f"profile {task.profile!r} needs a style (whose cleaning): {styles}")
+    if wrong:
+        raise ValueError(f"task {task.name!r}: " + "; ".join(wrong))
     return task
 
 # %% ../nbs/00a_tasks.ipynb #00a-031
 def _name_of(path: Path) -> str:
-    "Name the task of a folder: as the folder, with a digest of its path where that name alone could mean another one."
+    "Name the task of a folder: its name, and a digest of its path where others may be so named."
     if path.parent == project_root() / "data" and path.name not in TASKS:
         return path.name
     return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
-def _task_by_path(path: Path) -> Task:
-    "Make the task of a folder that holds `annotation.json`; the defaults are the published recipe with labels as written."
-    beside = (path/"annotation.json").is_file() and not (path/"images").is_dir() # pictures, too
-    images = path if beside else path/"images"
-    return Task(name=_name_of(path), annotation=str(path/"annotation.json"), images=str(images), source=f"the folder {path}")
 
+def _task_by_path(path: Path) -> Task:
+    "Make the task of a folder: the published recipe, with labels as written."
+    images = path / "images"
+    if (path / "annotation.json").is_file() and not images.is_dir():
+        images = path  # the pictures lie beside the annotation
+    return Task(
+        name=_name_of(path),
+        annotation=str(path / "annotation.json"),
+        images=str(images),
+        source=f"files of your own, made ready by `python -m cvt2distilgpt2.prepare --task {path} "
+        "--source TABLE_OR_FOLDER`",
+    )
+
+# %% ../nbs/00a_tasks.ipynb #00a-031b
 def get_task(
-    task: str,   # a name of the task table, or the path of a folder with (or yet without) `annotation.json`
-    **changes,   # fields to replace; None keeps the task's own value
+    task: str,  # of the task table, or a folder's path, with (or yet without) `annotation.json`
+    **changes,  # fields to replace; None keeps the task's own value
 ) -> Task:
-    "Return a task with `changes` applied; raises `ValueError` for an unknown task or value, `TypeError` for an unknown field."
+    "Return a task with `changes`; raises `ValueError` (task, value) or `TypeError` (field)."
     known = {f.name for f in fields(Task)} - {"name", "source"}
     changes = {n: v for n, v in changes.items() if v is not None}
     _check_names(changes, known)
     name = ALIASES.get(str(task), str(task))
-    if name in TASKS: chosen = TASKS[name]
-    elif os.sep in name or Path(name).is_dir(): chosen = _task_by_path(Path(name).expanduser().resolve())
-    else: raise ValueError(f"unknown task {task!r}: known are {', '.join([*TASKS, *ALIASES])}, "
-                           f"or the path of a folder with annotation.json, such as ./{Path(name).name}")
-    for n in changes.keys() & {"annotation", "images"}: # a path counts from where the user stands
+    if name in TASKS:
+        chosen = TASKS[name]
+    elif os.sep in name or Path(name).is_dir():
+        chosen = _task_by_path(Path(name).expanduser().resolve())
+    else:
+        raise ValueError(
+            f"unknown task {task!r}: known are {', '.join([*TASKS, *ALIASES])}, "
+            f"or the path of a folder with annotation.json, such as ./{Path(name).name}"
+        )
+    for n in changes.keys() & {"annotation", "images"}:  # a path counts from where the user stands
         _check_text(n, changes[n])
         changes[n] = str(Path(changes[n]).expanduser().resolve())
     changes = {n: _check_value(n, v) for n, v in changes.items()}
-    for n in ("encoder", "decoder"): # these may be names of the hub
-        if n in changes: changes[n] = os.path.expanduser(changes[n])
+    for n in ("encoder", "decoder"):  # these may be names of the hub
+        if n in changes:
+            changes[n] = os.path.expanduser(changes[n])
     recipe = changes.get("recipe", chosen.recipe)
     return check_task(replace(chosen, **{**RECIPES.get(recipe, {}), **changes}))
 
 # %% ../nbs/00a_tasks.ipynb #00a-039
 def _is_plain(value: ast.expr | None) -> bool:
     "Tell whether an expression uses no name but papermill's `float`, as in `float('nan')`."
-    if value is None: return False
+    if value is None:
+        return False
     return all(part.id == "float" for part in ast.walk(value) if isinstance(part, ast.Name))
 
+
 def _names_set(
-    cell: str,   # its text
-    typed: bool, # a cell that gives a name a type (`name:type = value`), or one of plain values?
+    cell: str,  # its text
+    typed: bool,  # a cell that gives a name a type (`name:type = value`), or one of plain values?
 ) -> list[str]:  # empty: it is no such cell
     "List the names that a cell of one kind sets."
-    try: lines = ast.parse(cell).body
-    except SyntaxError: return [] # not Python alone, such as a cell magic
+    try:
+        lines = ast.parse(cell).body
+    except SyntaxError:
+        return []  # not Python alone, such as a cell magic
     settings = [line for line in lines if isinstance(line, (ast.Assign, ast.AnnAssign))]
-    if typed: is_wanted = any(isinstance(line, ast.AnnAssign) for line in settings)
-    else: is_wanted = settings == lines and all(_is_plain(line.value) for line in settings)
-    if not is_wanted: return []
+    if typed:
+        is_wanted = any(isinstance(line, ast.AnnAssign) for line in settings)
+    else:
+        is_wanted = settings == lines and all(_is_plain(line.value) for line in settings)
+    if not is_wanted:
+        return []
     targets = [t for line in settings for t in getattr(line, "targets", None) or [line.target]]
     return [part.id for t in targets for part in ast.walk(t) if isinstance(part, ast.Name)]
 
 # %% ../nbs/00a_tasks.ipynb #00a-039h
 def _parameter_names(
-    cells: list[str], # the text of each cell that ran, in order: IPython's `In`
-) -> list[str]:       # empty: no cell is a parameters cell
+    cells: list[str],  # the text of each cell that ran, in order: IPython's `In`
+) -> list[str]:  # empty: no cell is a parameters cell
     "List what the latest parameters cell and cells of plain values after it set; no CONSTANTS."
     typed = [_names_set(cell, typed=True) for cell in cells]
     first = next((names[0] for names in typed if names), None)
-    if first is None: return []
+    if first is None:
+        return []
     latest = max(i for i, names in enumerate(typed) if first in names)
     plain = [_names_set(cell, typed=False) for cell in cells[latest:]]
     names = [name for names in (*typed[latest:], *plain) for name in names]
@@ -253,9 +350,9 @@ def _parameter_names(
 
 # %% ../nbs/00a_tasks.ipynb #00a-039e
 def notebook_parameters(
-    names: dict,               # `globals()` of the notebook
-    text: tuple[str, ...] = (), # those of its parameters that are text, or a list of texts
-) -> dict: # name: value
+    names: dict,  # `globals()` of the notebook
+    text: tuple[str, ...] = (),  # those of its parameters that are text, or a list of texts
+) -> dict:  # name: value
     "Return the parameters of a notebook; raises `TypeError` for a number where text is wanted."
     kinds = (str, int, float, bool, list, dict, tuple, type(None))
     chosen = _parameter_names(names.get("In", []))
@@ -263,13 +360,15 @@ def notebook_parameters(
         plain = [name for name, value in names.items() if isinstance(value, kinds)]
         chosen = [name for name in plain if name.islower() and not name.startswith("_")]
     given = {name: names[name] for name in chosen if name in names}
-    for name in text: _check_text(name, given.get(name))
+    for name in text:
+        _check_text(name, given.get(name))
     return given
 
+
 def task_parameters(
-    names: dict,            # `globals()` of the notebook
-    extra: tuple[str, ...], # parameters of the notebook itself, such as "run": all are text
-    task: str | None = None, # for a notebook without a parameter `task`
+    names: dict,  # `globals()` of the notebook
+    extra: tuple[str, ...],  # parameters of the notebook itself, such as "run": all are text
+    task: str | None = None,  # for a notebook without a parameter `task`
 ) -> Task:
     "Make the task that parameters describe; raises as `get_task` and `notebook_parameters` do."
     given = {"task": task} | notebook_parameters(names, ("task", *extra))
@@ -281,18 +380,20 @@ def task_parameters(
 @dataclass(frozen=True)
 class Study:
     "Hold one study: its images and what was written about them."
-    id: str                                 # unique within the file
-    report: str                             # as written
-    image_path: tuple[str, ...]             # relative to the images' folder, "/" between parts
-    split: str                              # "train", "val" or "test"
-    reports: tuple[str, ...] | None = None  # several references, where there are; `report` is the first
-    patient: str | None = None              # never on both sides of a split
-    views: tuple[str, ...] | None = None    # "frontal" or "lateral", one an image
-    findings: tuple[dict, ...] | None = None # drawn or given labels
-    extra: dict = field(default_factory=dict, compare=False) # fields of the file that we do not know
+
+    id: str  # unique within the file
+    report: str  # as written
+    image_path: tuple[str, ...]  # relative to the images' folder, "/" between parts
+    split: str  # "train", "val" or "test"
+    reports: tuple[str, ...] | None = None  # where there are several; `report` is the first
+    patient: str | None = None  # never on both sides of a split
+    views: tuple[str, ...] | None = None  # "frontal" or "lateral", one an image
+    findings: tuple[dict, ...] | None = None  # drawn or given labels
+    # fields of the file that we do not know
+    extra: dict = field(default_factory=dict, compare=False)
 
     @property
-    def references(self) -> tuple[str, ...]: # one or several, as written
+    def references(self) -> tuple[str, ...]:  # one or several, as written
         "Return all that is written about the study."
         return self.reports or (self.report,)
 
@@ -300,142 +401,233 @@ class Study:
 @dataclass(frozen=True)
 class Problem:
     "Hold one problem of a data set."
-    id: str    # of the study, or "" where the file as a whole is meant
+
+    id: str  # of the study, or "" where the file as a whole is meant
     path: str  # of the file in question
     what: str  # is wrong
     mend: str  # what to do
+
 
 class DataError(ValueError):
     "Say everything that is wrong with a data set; `problems` holds it as a list."
 
     def __init__(self, problems: list[Problem], listed: Path | None = None, shown: int = 20):
         self.problems = problems
-        lines = [": ".join(filter(None, (p.path, p.id, f"{p.what}. {p.mend}"))) for p in problems[:shown]]
-        more = [f"... and {len(problems) - shown} more"] if len(problems) > shown else []
-        if listed: more.append(f"All of them, as a table: {listed}")
-        super().__init__(f"{len(problems)} problem{'s' * (len(problems) > 1)} in the data:\n  " + "\n  ".join(lines + more))
+        lines = [f"{len(problems)} problem{'s' * (len(problems) > 1)} in the data:"]
+        for p in problems[:shown]:
+            parts = (p.path, p.id, f"{p.what}. {p.mend}")
+            lines.append(": ".join(part for part in parts if part))
+        if len(problems) > shown:
+            lines.append(f"... and {len(problems) - shown} more")
+        if listed:
+            lines.append(f"All of them, as a table: {listed}")
+        super().__init__("\n  ".join(lines))
 
 # %% ../nbs/00a_tasks.ipynb #00a-052
 SPLITS = ("train", "val", "test")
 
+
 def by_split(
     studies: list[Study],
-) -> dict[str, list[Study]]: # of "train", "val" and "test", in the same order
+) -> dict[str, list[Study]]:  # of "train", "val" and "test", in the same order
     "Sort studies by their split."
     return {split: [s for s in studies if s.split == split] for split in SPLITS}
 
+
 def is_inside(
-    path: str, # as it stands in someone's file
+    path: str,  # as it stands in someone's file
 ) -> bool:
     "Tell whether a relative path stays inside its folder."
     p = PurePosixPath(path.replace("\\", "/"))
-    return bool(p.parts) and not p.is_absolute() and ".." not in p.parts and ":" not in p.parts[0] and "\0" not in path
+    return (
+        bool(p.parts)
+        and not p.is_absolute()
+        and ".." not in p.parts
+        and ":" not in p.parts[0]
+        and "\0" not in path
+    )
+
 
 def _is_text(e: dict) -> bool:
     "Tell whether all text of an entry can be written as UTF-8."
-    try: return bool(json.dumps(e, ensure_ascii=False).encode())
-    except UnicodeEncodeError: return False
+    try:
+        return bool(json.dumps(e, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
 
 # %% ../nbs/00a_tasks.ipynb #00a-054
+def _is_list_of(kind: type, value) -> bool:
+    "Tell whether `value` is a list, and all in it are of one kind."
+    return isinstance(value, list) and all(isinstance(part, kind) for part in value)
+
+
+def _check_required(e: dict) -> list[tuple[str, str]]:
+    "Return (what, mend) for all that is wrong with the id, the report and the images of an entry."
+    wrong = []
+    if not isinstance(e.get("id"), (str, int)):
+        wrong.append(("no 'id'", "Give every entry an id of its own."))
+    report = e.get("report")
+    if not isinstance(report, str):
+        wrong.append((f"'report' is {type(report).__name__}, not text", "Make it a string."))
+    elif not report.strip():
+        wrong.append(("empty report", "Remove the entry, or give its text."))
+    paths = e.get("image_path")
+    if not _is_list_of(str, paths) or not paths:
+        what = "'image_path' must be a list of at least one path"
+        wrong.append((what, 'Write ["folder/0.png"].'))
+        return wrong
+    for path in paths:
+        if not is_inside(path):
+            what = f"image path {path!r} leads out of the images' folder"
+            wrong.append((what, "Paths are relative to it."))
+    return wrong
+
+# %% ../nbs/00a_tasks.ipynb #00a-054b
 def _check_entry(e: dict, split: str) -> list[tuple[str, str]]:
     "Return (what, mend) for all that is wrong with one entry of `split`."
-    wrong = []
-    def want(ok, what, mend):
-        if not ok: wrong.append((what, mend))
-    strings = lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v)
-    want(isinstance(e.get("id"), (str, int)), "no 'id'", "Give every entry an id of its own.")
-    report = e.get("report")
-    want(isinstance(report, str), f"'report' is {type(report).__name__}, not text", "Make it a string.")
-    want(not isinstance(report, str) or report.strip(), "empty report", "Remove the entry, or give its text.")
-    paths = e.get("image_path")
-    want(strings(paths) and paths, "'image_path' must be a list of at least one path", 'Write ["folder/0.png"].')
-    for p in paths if strings(paths) else ():
-        want(is_inside(p), f"image path {p!r} leads out of the images' folder", "Paths are relative to it.")
-    want(e.get("reports") is None or (strings(e["reports"]) and e["reports"]), "'reports' must be a list of texts", "List at least one.")
+    wrong = _check_required(e)
+    reports = e.get("reports")
+    if reports is not None and (not _is_list_of(str, reports) or not reports):
+        wrong.append(("'reports' must be a list of texts", "List at least one."))
     findings = e.get("findings")
-    want(findings is None or (isinstance(findings, list) and all(isinstance(f, dict) for f in findings)), "'findings' must be a list of objects", 'Write [{"type": "edema"}].')
-    want(_is_text(e), "characters cut in half (lone surrogates)", "Write the text again, as UTF-8.")
-    want(e.get("split", split) == split, f"'split' is {e.get('split')!r}, but it is listed under {split!r}", "Say which is meant.")
-    want(e.get("views") is None or (strings(e["views"]) and len(e["views"]) == len(paths or ())), "'views' must name one view an image", 'Write ["frontal", "lateral"].')
+    if findings is not None and not _is_list_of(dict, findings):
+        wrong.append(("'findings' must be a list of objects", 'Write [{"type": "edema"}].'))
+    if not _is_text(e):
+        what = "characters cut in half (lone surrogates)"
+        wrong.append((what, "Write the text again, as UTF-8."))
+    if e.get("split", split) != split:
+        what = f"'split' is {e.get('split')!r}, but it is listed under {split!r}"
+        wrong.append((what, "Say which is meant."))
+    views = e.get("views")
+    paths = e["image_path"] if isinstance(e.get("image_path"), list) else ()
+    if views is not None and (not _is_list_of(str, views) or len(views) != len(paths)):
+        what = "'views' must name one view an image"
+        wrong.append((what, 'Write ["frontal", "lateral"].'))
     return wrong
 
 # %% ../nbs/00a_tasks.ipynb #00a-056
 def _to_study(e: dict, split: str) -> Study:
     "Make a `Study` of one checked entry."
-    listed = lambda n: tuple(e[n]) if e.get(n) is not None else None
+
+    def listed(name):
+        return tuple(e[name]) if e.get(name) is not None else None
+
     patient = e.get("patient", e.get("subject_id"))
     known = {"id", "report", "image_path", "split", "reports", "patient", "views", "findings"}
-    return Study(str(e["id"]), e["report"], listed("image_path"), split, listed("reports"),
-                 None if patient is None else str(patient), listed("views"), listed("findings"),
-                 {n: v for n, v in e.items() if n not in known})
+    return Study(
+        id=str(e["id"]),
+        report=e["report"],
+        image_path=listed("image_path"),
+        split=split,
+        reports=listed("reports"),
+        patient=None if patient is None else str(patient),
+        views=listed("views"),
+        findings=listed("findings"),
+        extra={n: v for n, v in e.items() if n not in known},
+    )
 
 # %% ../nbs/00a_tasks.ipynb #00a-058
 def across_studies(
-    studies: list[Study], # of all splits
-    path: str,            # of the file that lists them
-    problems: list[Problem], # to which doubled ids and patients on both sides of a split are added
-) -> list[Study]:         # those without such a problem
+    studies: list[Study],  # of all splits
+    path: str,  # of the file that lists them
+    problems: list[Problem],  # to which doubled ids and patients on both sides of a split are added
+) -> list[Study]:  # those without such a problem
     "Check what only shows between studies."
-    counts, sides = Counter(s.id for s in studies), defaultdict(set)
-    for s in studies: sides[s.patient].add(s.split)
-    problems += [Problem(i, path, f"the id occurs {n} times", "Ids must be unique.") for i, n in counts.items() if n > 1]
+    counts = Counter(s.id for s in studies)
+    for i, n in counts.items():
+        if n > 1:
+            problems.append(Problem(i, path, f"the id occurs {n} times", "Ids must be unique."))
+    sides = defaultdict(set)  # the splits that each patient is in
+    for s in studies:
+        sides[s.patient].add(s.split)
     leaks = {p: max(v, key=SPLITS.index) for p, v in sides.items() if p is not None and len(v) > 1}
-    problems += [Problem("", path, f"patient {p} is in {' and '.join(sorted(sides[p]))}", "Move all studies of a patient to one split.") for p in leaks]
+    for p in leaks:
+        what = f"patient {p} is in {' and '.join(sorted(sides[p]))}"
+        problems.append(Problem("", path, what, "Move all studies of a patient to one split."))
     return [s for s in studies if counts[s.id] == 1 and leaks.get(s.patient, s.split) == s.split]
 
 # %% ../nbs/00a_tasks.ipynb #00a-060
 def load_json(
     path: Path,
-): # whatever the file holds
+):  # whatever the file holds
     "Read a JSON file; raises `DataError` that says what is wrong with it."
-    try: return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as e: said, mend = f"not UTF-8 (byte {e.start})", "Save it as UTF-8."
-    except json.JSONDecodeError as e: said, mend = f"not valid JSON ({e.msg}, line {e.lineno})", "Fetch or write it again; it may be cut short."
-    except OSError as e: said, mend = f"cannot be read ({e.strerror})", "Check that it is a file and may be read."
-    except (ValueError, RecursionError) as e: said, mend = f"not valid JSON ({e})", "Write it again, without endless nesting or numbers."
-    raise DataError([Problem("", str(path), said, mend)])
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        what = f"not UTF-8 (byte {e.start})"
+        mend = "Save it as UTF-8."
+    except json.JSONDecodeError as e:
+        what = f"not valid JSON ({e.msg}, line {e.lineno})"
+        mend = "Fetch or write it again; it may be cut short."
+    except OSError as e:
+        what = f"cannot be read ({e.strerror})"
+        mend = "Check that it is a file and may be read."
+    except (ValueError, RecursionError) as e:
+        what = f"not valid JSON ({e})"
+        mend = "Write it again, without endless nesting or numbers."
+    raise DataError([Problem("", str(path), what, mend)])
+
 
 def _load_splits(path: Path) -> dict[str, list[dict]]:
     "Return the raw entries of each split; raises `DataError`."
-    raw, shape = load_json(path), '{"train": [...], "val": [...], "test": [...]}'
-    wrong = [] if isinstance(raw, dict) else ["is not an object"]
-    if not wrong:
+    raw = load_json(path)
+    wrong = []
+    if isinstance(raw, dict):
         wrong += [f"has an unknown split {s!r}" for s in raw if s not in SPLITS]
-        wrong += [f"split {s!r} is not a list of entries" for s in raw if not (isinstance(raw[s], list) and all(isinstance(e, dict) for e in raw[s]))]
-        if not any(raw.values()): wrong.append("has no entries")
-    if wrong: raise DataError([Problem("", str(path), w, f"The form is {shape}.") for w in wrong])
+        not_lists = [s for s in raw if not _is_list_of(dict, raw[s])]
+        wrong += [f"split {s!r} is not a list of entries" for s in not_lists]
+        if not any(raw.values()):
+            wrong.append("has no entries")
+    else:
+        wrong.append("is not an object")
+    if wrong:
+        mend = 'The form is {"train": [...], "val": [...], "test": [...]}.'
+        raise DataError([Problem("", str(path), what, mend) for what in wrong])
     return {s: raw.get(s, []) for s in SPLITS}
 
 # %% ../nbs/00a_tasks.ipynb #00a-061
 def read_annotation(
-    path: str | Path, # of `annotation.json`
-    problems: list[Problem] | None = None, # given a list, problems are added to it and entries that have them are left out
-) -> dict[str, list[Study]]: # the studies of "train", "val" and "test", in the file's order
-    "Read Chen et al.'s form; raises `DataError` that lists every problem of the text (images: see `prepare`)."
+    path: str | Path,  # of `annotation.json`
+    problems: list[Problem] | None = None,  # a list takes them, and their entries are left out
+) -> dict[str, list[Study]]:  # the studies of "train", "val" and "test", in the file's order
+    "Read Chen et al.'s form; raises `DataError` with all problems of the text (images: `prepare`)."
     found, studies = [], []
     for split, entries in _load_splits(Path(path)).items():
         for i, e in enumerate(entries):
-            wrong = [Problem(str(e.get("id", f"{split}[{i}]")), str(path), what, mend) for what, mend in _check_entry(e, split)]
-            found += wrong
-            if not wrong: studies.append(_to_study(e, split))
+            name = str(e.get("id", f"{split}[{i}]"))
+            wrong = _check_entry(e, split)
+            found += [Problem(name, str(path), what, mend) for what, mend in wrong]
+            if not wrong:
+                studies.append(_to_study(e, split))
     studies = across_studies(studies, str(path), found)
-    if found and problems is None: raise DataError(found)
-    if found: problems += found
+    if found and problems is None:
+        raise DataError(found)
+    if found:
+        problems += found
     return by_split(studies)
 
 # %% ../nbs/00a_tasks.ipynb #00a-063
 def write_annotation(
-    studies: list[Study], # of all splits
-    path: str | Path,     # of the file to make
-) -> Path: # the same path
+    studies: list[Study],  # of all splits
+    path: str | Path,  # of the file to make
+) -> Path:  # the same path
     "Write studies as `annotation.json`, whole or not at all."
-    path, splits = Path(path), {s: [] for s in SPLITS}
+    path = Path(path)
+    splits = {s: [] for s in SPLITS}
     for s in studies:
-        known = dict(id=s.id, report=s.report, image_path=s.image_path, split=s.split, reports=s.reports,
-                     patient=s.patient, views=s.views, findings=s.findings)
+        known = dict(
+            id=s.id,
+            report=s.report,
+            image_path=s.image_path,
+            split=s.split,
+            reports=s.reports,
+            patient=s.patient,
+            views=s.views,
+            findings=s.findings,
+        )
         splits[s.split].append({n: v for n, v in {**known, **s.extra}.items() if v is not None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part") # a killed run leaves no half file under the real name
+    part = path.with_name(path.name + ".part")  # a killed run leaves no half file of the real name
     part.write_text(json.dumps(splits, ensure_ascii=False, indent=1), encoding="utf-8")
     return part.replace(path)
 
@@ -443,24 +635,34 @@ def write_annotation(
 @dataclass
 class RawData:
     "Hold what a reader found in someone's files."
-    studies: list[Study]                                   # the good ones, of all splits
-    folder: Path                                           # that their image paths are relative to
-    problems: list[Problem] = field(default_factory=list)  # of all that is not among `studies` and should be
-    counts: dict[str, int] = field(default_factory=dict)   # what was counted on the way, in words: {"reports": 3955, ...}
+
+    studies: list[Study]  # the good ones, of all splits
+    folder: Path  # that their image paths are relative to
+    # of all that is not among `studies` and should be
+    problems: list[Problem] = field(default_factory=list)
+    # what was counted on the way, in words: {"reports": 3955, ...}
+    counts: dict[str, int] = field(default_factory=dict)
 
 # %% ../nbs/00a_tasks.ipynb #00a-075
 def _cut_views(s: Study, views: int | None) -> Study:
     "Keep the first `views` images of a study."
     return replace(s, image_path=s.image_path[:views], views=s.views and s.views[:views])
 
+
 def open_task(
     task: Task,
-    problems: list[Problem] | None = None, # as `read_annotation` takes it
-) -> dict[str, list[Study]]: # the studies of each split
-    "Read the studies of `task`; raises `DataError` (all problems at once) and `FileNotFoundError` that says what is wanted, where, and from where."
+    problems: list[Problem] | None = None,  # as `read_annotation` takes it
+) -> dict[str, list[Study]]:  # the studies of each split
+    "Read a task's studies; raises `DataError` (all problems at once) or `FileNotFoundError`."
     missing = [p for p in (task.annotation_path, task.image_folder) if not p.exists()]
     if missing:
-        raise FileNotFoundError(f"task {task.name!r} wants\n  annotation: {task.annotation_path}\n  images:     {task.image_folder}\n"
-                                f"not there: {', '.join(map(str, missing))}\nThey come from: {task.source}. See data/README.md.")
+        raise FileNotFoundError(
+            f"task {task.name!r} wants\n"
+            f"  annotation: {task.annotation_path}\n"
+            f"  images:     {task.image_folder}\n"
+            f"not there: {', '.join(map(str, missing))}\n"
+            f"They come from: {task.source}. See data/README.md."
+        )
     limits = dict(train=task.n_train, val=task.n_val, test=task.n_test)
-    return {s: [_cut_views(x, task.views) for x in v[:limits[s]]] for s, v in read_annotation(task.annotation_path, problems).items()}
+    studies = read_annotation(task.annotation_path, problems)
+    return {s: [_cut_views(x, task.views) for x in v[: limits[s]]] for s, v in studies.items()}

@@ -26,7 +26,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 # %% ../nbs/03_train.ipynb #03-005
-import cvt2distilgpt2
 import numpy as np
 import pandas as pd
 import torch
@@ -38,15 +37,36 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, get_cosine_schedule_with_warmup, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.notebook import NotebookProgressCallback, text_to_html_table
 
+import cvt2distilgpt2
+
 # %% ../nbs/03_train.ipynb #03-006
-from .data import Labels, ReportDataset, collate, image_transform, make_labels, texts_of
+from cvt2distilgpt2.data import (
+    Labels,
+    ReportDataset,
+    collate,
+    image_transform,
+    make_labels,
+    texts_of,
+)
 from .decoder import decode_reports, tokenize_reports, train_tokenizer
 from .metrics import nlg_scores
-from .model import CvT2DistilGPT2, CvT2DistilGPT2Config, ReportImageProcessor, encoder_input
+from cvt2distilgpt2.model import (
+    CvT2DistilGPT2,
+    CvT2DistilGPT2Config,
+    ReportImageProcessor,
+    encoder_input,
+)
 from .phantom import FINDINGS, Finding, finding_scores
 from .prepare import prepare, task_arguments
 from .tasks import Study, Task, project_root, task_parameters
@@ -54,58 +74,73 @@ from .tasks import Study, Task, project_root, task_parameters
 # %% ../nbs/03_train.ipynb #03-010a
 def has_drawn_findings(
     studies: list[Study],
-) -> bool: # whether every study's findings are known and are phantoms'
+) -> bool:  # whether every study's findings are known and are phantoms'
     "Tell whether generated reports can be scored against what was drawn."
-    return all(s.findings is not None and all(f.get("type") in FINDINGS for f in s.findings) for s in studies)
+    return all(
+        s.findings is not None and all(f.get("type") in FINDINGS for f in s.findings)
+        for s in studies
+    )
 
 # %% ../nbs/03_train.ipynb #03-010b
 def training_studies(
     task: Task,
-) -> dict[str, list[Study]]: # of "train" and "val"; the test split is not for training
-    "Open what `task` trains with; raises as `prepare` does, and `ValueError` for what cannot be trained with."
+) -> dict[str, list[Study]]:  # of "train" and "val"; the test split is not for training
+    "Open what `task` trains with; raises `ValueError` for unfit data, and as `prepare` does."
     studies = prepare(task)
     del studies["test"]
     empty = [split for split, s in studies.items() if not s]
     if empty:
-        raise ValueError(f"task {task.name!r} has no studies for {' and '.join(empty)}: {task.annotation_path} "
-                         "must list some. To draw some, prepare it from its source with --split drawn")
+        raise ValueError(
+            f"task {task.name!r} has no studies for {' and '.join(empty)}: {task.annotation_path} "
+            "must list some. To draw some, prepare it from its source with --split drawn"
+        )
     if task.warm_start and not has_drawn_findings(studies["train"]):
-        raise ValueError(f"warm_start needs studies with drawn findings, and task {task.name!r} has none; set warm_start to 0")
+        raise ValueError(
+            f"warm_start needs studies with drawn findings, and task {task.name!r} has none; "
+            "set warm_start to 0"
+        )
     return studies
 
 # %% ../nbs/03_train.ipynb #03-014
-def processes() -> PartialState: # who of how many this process is, and its device
+def processes() -> PartialState:  # who of how many this process is, and its device
     "Join the processes that train together."
     return PartialState(cpu=not torch.accelerator.is_available())
 
 # %% ../nbs/03_train.ipynb #03-019
 def task_labels(
     task: Task,
-    train: list[Study], # the training studies
+    train: list[Study],  # the training studies
 ) -> Labels:
     "Make the labels of `task` from all that is written about its training studies."
     return make_labels(task, texts_of(train))
 
+
 def references_of(
     studies: list[Study],
     label: Labels,
-) -> list[list[str]]: # for each study its label, or several
+) -> list[list[str]]:  # for each study its label, or several
     "Return what reports are scored against."
     return [[label(r) for r in s.references] for s in studies]
 
 # %% ../nbs/03_train.ipynb #03-024
 def load_model(
-    checkpoint: str | Path,          # a run, a saved model's folder or hub name, or the released .ckpt
-    tokenizer: str = "distilgpt2",   # for a .ckpt, which carries none: hub name or folder
+    checkpoint: str | Path,  # a run, a saved model's folder or hub name, or the released .ckpt
+    tokenizer: str = "distilgpt2",  # for a .ckpt, which carries none: hub name or folder
 ) -> CvT2DistilGPT2:
-    "Load a model of this study from whatever holds one; raises `FileNotFoundError`, or as its two loaders do."
+    "Load a model from whatever holds one; raises `FileNotFoundError`, or as its two loaders do."
     path = Path(checkpoint).expanduser()
-    if path.suffix == ".ckpt": return CvT2DistilGPT2.from_released(path, tokenizer=tokenizer)
-    if (path/"model").is_dir(): path = path/"model"
+    if path.suffix == ".ckpt":
+        return CvT2DistilGPT2.from_released(path, tokenizer=tokenizer)
+    if (path / "model").is_dir():
+        path = path / "model"
     elif path.is_dir() and not any(path.glob("model*.safetensors")):
-        raise FileNotFoundError(f"{path} holds no model: neither model/ (of a finished run) nor model.safetensors (of a saved model)")
+        raise FileNotFoundError(
+            f"{path} holds no model: neither model/ (of a finished run) "
+            "nor model.safetensors (of a saved model)"
+        )
     model = CvT2DistilGPT2.from_pretrained(path if path.is_dir() else str(checkpoint))
-    config = path.resolve().parent/"config.json" # of a run; the models of earlier runs do not know their views
+    # a run knows its views; the models of earlier runs do not
+    config = path.resolve().parent / "config.json"
     if path.name == "model" and config.is_file() and model.image_processor.views is None:
         model.image_processor.views = json.loads(config.read_text()).get("views")
     return model
@@ -113,19 +148,24 @@ def load_model(
 # %% ../nbs/03_train.ipynb #03-025
 def make_model(
     task: Task,
-    reports: list[str],              # labels of the training split; a small model makes its tokenizer of them
+    reports: list[str],  # labels of the training split; a small model makes its tokenizer of them
     init: str | Path | None = None,  # start from this checkpoint instead
 ) -> CvT2DistilGPT2:
     "Make the model that `task` trains, with its tokenizer and image processor."
     set_seed(task.seed)
-    if init: model = load_model(init, task.decoder)
-    elif task.model == "full": model = CvT2DistilGPT2.from_warm_start(task.encoder, task.decoder)
+    if init:
+        model = load_model(init, task.decoder)
+    elif task.model == "full":
+        model = CvT2DistilGPT2.from_warm_start(task.encoder, task.decoder)
     else:
         tokenizer = train_tokenizer(reports)
         model = CvT2DistilGPT2(CvT2DistilGPT2Config.small(vocab_size=len(tokenizer)))
         model.tokenizer = tokenizer
     if task.max_length > model.config.decoder.n_positions:
-        raise ValueError(f"max_length is {task.max_length}, but the decoder has {model.config.decoder.n_positions} positions")
+        raise ValueError(
+            f"max_length is {task.max_length}, "
+            f"but the decoder has {model.config.decoder.n_positions} positions"
+        )
     model.image_processor = ReportImageProcessor(task.resize, task.image_size, views=task.views)
     model.generation_config.max_length = task.max_length
     return model
@@ -134,7 +174,7 @@ def make_model(
 def make_optimizer(
     model: CvT2DistilGPT2,
     task: Task,
-) -> torch.optim.AdamW: # a group for the encoder, one for projection and decoder
+) -> torch.optim.AdamW:  # a group for the encoder, one for projection and decoder
     "Make AdamW with the task's two learning rates and its weight decay on all parameters."
     encoder = list(model.encoder.parameters())
     seen = set(map(id, encoder))
@@ -147,60 +187,99 @@ def _batch_plan(task: Task, devices: int) -> dict:
     "Split the batch over devices and accumulation steps; raises `ValueError` if it does not go."
     each = min(task.device_batch, max(1, task.batch_size // devices))
     steps, left = divmod(task.batch_size, each * devices)
-    if left: raise ValueError(f"batch_size {task.batch_size} does not divide into {devices} devices x device_batch {each}: "
-                              f"change batch_size or device_batch")
-    return dict(per_device_train_batch_size=each, gradient_accumulation_steps=steps, per_device_eval_batch_size=4*each)
+    if left:
+        raise ValueError(
+            f"batch_size {task.batch_size} does not divide into {devices} devices "
+            f"x device_batch {each}: change batch_size or device_batch"
+        )
+    return dict(
+        per_device_train_batch_size=each,
+        gradient_accumulation_steps=steps,
+        per_device_eval_batch_size=4 * each,
+    )
 
+# %% ../nbs/03_train.ipynb #03-033b
 def training_arguments(
     task: Task,
-    folder: Path,     # of the run
-    devices: int = 1, # processes that train together
+    folder: Path,  # of the run
+    devices: int = 1,  # processes that train together
 ) -> Seq2SeqTrainingArguments:
-    "Write the task's recipe in `transformers`' words; every default that is not the recipe's is overridden."
+    "Write the task's recipe in `transformers`' words, every default that differs overridden."
     cuda = torch.cuda.is_available()
     return Seq2SeqTrainingArguments(
-        output_dir=str(folder/"checkpoints"), seed=task.seed, num_train_epochs=task.epochs, **_batch_plan(task, devices),
-        lr_scheduler_type=task.schedule, warmup_steps=task.warmup, max_grad_norm=task.clip, weight_decay=task.weight_decay,
-        learning_rate=task.lr, fp16=cuda and task.precision == "fp16", bf16=cuda and task.precision == "bf16",
-        eval_strategy="epoch", save_strategy="epoch", save_total_limit=1, load_best_model_at_end=True,
-        metric_for_best_model="cider", greater_is_better=True, restore_callback_states_from_checkpoint=True,
-        predict_with_generate=True, generation_num_beams=task.val_beams, generation_max_length=task.max_length,
-        logging_steps=50, logging_first_step=True, report_to="none", remove_unused_columns=False,
-        dataloader_num_workers=task.workers, dataloader_pin_memory=cuda, ddp_find_unused_parameters=False,
-        use_cpu=not torch.accelerator.is_available())
+        output_dir=str(folder / "checkpoints"),
+        seed=task.seed,
+        num_train_epochs=task.epochs,
+        **_batch_plan(task, devices),
+        lr_scheduler_type=task.schedule,
+        warmup_steps=task.warmup,
+        max_grad_norm=task.clip,
+        weight_decay=task.weight_decay,
+        learning_rate=task.lr,
+        fp16=cuda and task.precision == "fp16",
+        bf16=cuda and task.precision == "bf16",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="cider",
+        greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,
+        predict_with_generate=True,
+        generation_num_beams=task.val_beams,
+        generation_max_length=task.max_length,
+        logging_steps=50,
+        logging_first_step=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_num_workers=task.workers,
+        dataloader_pin_memory=cuda,
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.accelerator.is_available(),
+    )
 
 # %% ../nbs/03_train.ipynb #03-038
 def make_dataset(
     task: Task,
     studies: list[Study],
-    label: Labels, # the task's profile
-    train: bool,   # augment, and draw one of several reports?
+    label: Labels,  # the task's profile
+    train: bool,  # augment, and draw one of several reports?
 ) -> ReportDataset:
     "Make the data set of one split."
-    return ReportDataset(studies, task.image_folder, image_transform(task, train), label, task.seed, draw=train)
+    transform = image_transform(task, train)
+    return ReportDataset(studies, task.image_folder, transform, label, task.seed, draw=train)
+
 
 def make_collate(model: CvT2DistilGPT2, task: Task):
-    "Return what makes a batch of items: pixels padded to the same views, reports as the model's tokens."
-    return partial(collate, tokenize=partial(tokenize_reports, model.tokenizer, max_length=task.max_length))
+    "Return what makes a batch: pixels padded to the same views, reports as the model's tokens."
+    tokenize = partial(tokenize_reports, model.tokenizer, max_length=task.max_length)
+    return partial(collate, tokenize=tokenize)
+
 
 def decode(
     model: CvT2DistilGPT2,
-    tokens: np.ndarray, # (studies, tokens), -100 or [PAD] where a report has ended
-    n: int | None = None, # studies; several processes fill their last batch up with studies that were had already
+    tokens: np.ndarray,  # (studies, tokens), -100 or [PAD] where a report has ended
+    n: int | None = None,  # studies; several processes repeat some to fill their last batch
 ) -> list[str]:
     "Turn tokens into reports."
-    return decode_reports(model.tokenizer, np.where(tokens < 0, model.config.pad_token_id, tokens)[:n])
+    tokens = np.where(tokens < 0, model.config.pad_token_id, tokens)
+    return decode_reports(model.tokenizer, tokens[:n])
 
 # %% ../nbs/03_train.ipynb #03-039
 def write_predictions(
     path: Path,
     studies: list[Study],
-    references: list[list[str]], # from `references_of`
+    references: list[list[str]],  # from `references_of`
     generated: list[str],
-) -> Path: # the same path
-    "Write a table of id, reference, generated report and, where there are several references, the others as a JSON list."
-    table = pd.DataFrame(dict(id=[s.id for s in studies], reference=[first for first, *_ in references], generated=generated))
-    if any(len(texts) > 1 for texts in references): table["other_references"] = [json.dumps(others, ensure_ascii=False) for _, *others in references]
+) -> Path:  # the same path
+    "Write ids, references and reports; where there are several references, the others as JSON."
+    ids = [s.id for s in studies]
+    first = [texts[0] for texts in references]
+    table = pd.DataFrame(dict(id=ids, reference=first, generated=generated))
+    if any(len(texts) > 1 for texts in references):
+        table["other_references"] = [
+            json.dumps(others, ensure_ascii=False) for _, *others in references
+        ]
     table.to_csv(path, index=False)
     return path
 
@@ -211,25 +290,35 @@ class FindingClassifier(nn.Module):
     def __init__(self, model: CvT2DistilGPT2):
         super().__init__()
         width = model.projection.in_features
-        self.encoder, self.norm, self.head = model.encoder, nn.LayerNorm(width), nn.Linear(2*width, len(FINDINGS))
+        self.encoder = model.encoder
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(2 * width, len(FINDINGS))
 
-    def forward(self, pixel_values, view_mask=None): # as the model's -> logits (B, findings)
-        tokens = self.norm(self.encoder(pixel_values, view_mask))               # (B, N, C)
-        return self.head(torch.cat([tokens.mean(1), tokens.amax(1)], dim=1))    # -> (B, 2C) -> (B, findings)
+    def forward(self, pixel_values, view_mask=None):  # as the model's -> logits (B, findings)
+        tokens = self.norm(self.encoder(pixel_values, view_mask))  # (B, N, C)
+        pooled = torch.cat([tokens.mean(1), tokens.amax(1)], dim=1)  # -> (B, 2C)
+        return self.head(pooled)  # -> (B, findings)
 
+# %% ../nbs/03_train.ipynb #03-044b
 def finding_targets(
-    studies: list[Study], # with findings
-) -> torch.Tensor: # (studies, findings), 1 where a finding was drawn
+    studies: list[Study],  # with findings
+) -> torch.Tensor:  # (studies, findings), 1 where a finding was drawn
     "Turn findings into targets."
     drawn = [{f["type"] for f in s.findings} for s in studies]
     return torch.tensor([[float(t in d) for t in FINDINGS] for d in drawn])
 
 # %% ../nbs/03_train.ipynb #03-048
-def _fit(module: nn.Module, task: Task, dataset: ReportDataset, loader: DataLoader, loss) -> list[float]: # mean loss of each epoch
+def _fit(
+    module: nn.Module, task: Task, dataset: ReportDataset, loader: DataLoader, loss
+) -> list[float]:  # mean loss of each epoch
     "Minimise `loss(batch)` over `module` for `task.warm_start` epochs at `task.lr`."
-    steps, losses = task.warm_start*len(loader), []
-    optimizer = torch.optim.AdamW(module.parameters(), task.lr, betas=(0.9, 0.95), weight_decay=task.weight_decay, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, min(task.warmup, steps//10), steps)
+    steps = task.warm_start * len(loader)
+    losses = []
+    optimizer = torch.optim.AdamW(
+        module.parameters(), task.lr, betas=(0.9, 0.95), weight_decay=task.weight_decay, fused=True
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(task.warmup, steps // 10), steps)
+
     def step(batch):
         optimizer.zero_grad()
         value = loss(batch)
@@ -238,40 +327,55 @@ def _fit(module: nn.Module, task: Task, dataset: ReportDataset, loader: DataLoad
         optimizer.step()
         schedule.step()
         return value.item()
+
     for epoch in tqdm(range(task.warm_start), "learning to name findings", leave=False):
-        dataset.set_epoch(epoch) # other crops
+        dataset.set_epoch(epoch)  # other crops
         losses.append(float(np.mean([step(batch) for batch in loader])))
     return losses
 
 # %% ../nbs/03_train.ipynb #03-049
-def warm_start(
+def warm_start(  # noqa: F811 (the notebook's parameter of that name was read above)
     model: CvT2DistilGPT2,  # its encoder is trained in place
-    task: Task,             # `warm_start` epochs at `lr`, in batches of `batch_size`
-    dataset: ReportDataset, # of training studies
-    studies: list[Study],   # the same, with their findings
-) -> list[float]: # mean loss of each epoch, nats a finding
+    task: Task,  # `warm_start` epochs at `lr`, in batches of `batch_size`
+    dataset: ReportDataset,  # of training studies
+    studies: list[Study],  # the same, with their findings
+) -> list[float]:  # mean loss of each epoch, nats a finding
     "Teach the encoder to name findings."
-    device, truth = processes().device, finding_targets(studies)
+    device = processes().device
+    truth = finding_targets(studies)
     classifier = FindingClassifier(model).to(device).train()
-    def batches(index): return collate([dataset[i] for i in index]) | {"truth": truth[index]}
+
+    def batches(index):
+        return collate([dataset[i] for i in index]) | {"truth": truth[index]}
+
     def loss(batch):
-        pixels, *mask, targets = (v.to(device) for v in batch.values()) # pixel_values, perhaps view_mask
-        return F.binary_cross_entropy_with_logits(classifier(encoder_input(pixels, model.image_processor), *mask), targets)
-    whole = len(dataset) >= task.batch_size # a smaller last batch is left out, but not the only one
-    loader = DataLoader(range(len(dataset)), task.batch_size, shuffle=True, drop_last=whole,
-                        num_workers=task.workers, collate_fn=batches)
+        # pixel_values, perhaps view_mask, truth
+        pixels, *mask, targets = (v.to(device) for v in batch.values())
+        logits = classifier(encoder_input(pixels, model.image_processor), *mask)
+        return F.binary_cross_entropy_with_logits(logits, targets)
+
+    # a smaller last batch is left out, but not the only one
+    whole = len(dataset) >= task.batch_size
+    loader = DataLoader(
+        range(len(dataset)),
+        task.batch_size,
+        shuffle=True,
+        drop_last=whole,
+        num_workers=task.workers,
+        collate_fn=batches,
+    )
     return _fit(classifier, task, dataset, loader, loss)
 
 # %% ../nbs/03_train.ipynb #03-052
 def validation_scores(
-    generated: list[str],       # one report a study, in the studies' order
-    references: list[list[str]], # for each study one or several, likewise
+    generated: list[str],  # one report a study, in the studies' order
+    references: list[list[str]],  # for each study one or several
     studies: list[Study],
-) -> dict[str, float]: # bleu_4, rouge_l, cider and, for phantoms, finding_f1
+) -> dict[str, float]:  # bleu_4, rouge_l, cider and, for phantoms, finding_f1
     "Score reports as training does at every epoch."
     scores = nlg_scores(generated, references, metrics=("bleu_4", "rouge_l", "cider"))
     if has_drawn_findings(studies):
-        details = ("type", "side", "place", "size") # someone's list may say more
+        details = ("type", "side", "place", "size")  # someone's list may say more
         drawn = [[Finding(*(f.get(name) for name in details)) for f in s.findings] for s in studies]
         scores["finding_f1"] = finding_scores(generated, drawn).loc["micro", "f1"]
     return {n: float(v) for n, v in scores.items()}
@@ -283,7 +387,9 @@ class TrainingTable(NotebookProgressCallback):
     def on_train_end(self, args, state, control, **kwargs):
         tracker = self.training_tracker
         super().on_train_end(args, state, control, **kwargs)
-        if tracker.output is not None: tracker.output.update(HTML(text_to_html_table(tracker.inner_table)))
+        if tracker.output is not None:
+            tracker.output.update(HTML(text_to_html_table(tracker.inner_table)))
+
 
 class NextCrops(TrainerCallback):
     "Tell the training set which epoch it is: with several processes `accelerate` does not."
@@ -298,37 +404,55 @@ class NextCrops(TrainerCallback):
 def make_trainer(
     model: CvT2DistilGPT2,
     task: Task,
-    studies: dict[str, list[Study]], # of "train" and "val"
-    folder: Path,                    # of the run
+    studies: dict[str, list[Study]],  # of "train" and "val"
+    folder: Path,  # of the run
 ) -> Seq2SeqTrainer:
     "Join model, data and recipe."
     label = task_labels(task, studies["train"])
     references = references_of(studies["val"], label)
-    sets = {split: make_dataset(task, studies[split], label, train=split == "train") for split in ("train", "val")}
-    score = lambda p: validation_scores(decode(model, p.predictions, len(references)), references, studies["val"])
+    sets = {
+        split: make_dataset(task, studies[split], label, train=split == "train")
+        for split in ("train", "val")
+    }
+
+    def score(prediction):
+        generated = decode(model, prediction.predictions, len(references))
+        return validation_scores(generated, references, studies["val"])
+
     trainer = Seq2SeqTrainer(
-        model=model, args=training_arguments(task, folder, processes().num_processes), data_collator=make_collate(model, task),
-        train_dataset=sets["train"], eval_dataset=sets["val"], processing_class=model.tokenizer, compute_metrics=score,
+        model=model,
+        args=training_arguments(task, folder, processes().num_processes),
+        data_collator=make_collate(model, task),
+        train_dataset=sets["train"],
+        eval_dataset=sets["val"],
+        processing_class=model.tokenizer,
+        compute_metrics=score,
         optimizers=(make_optimizer(model, task), None),
-        callbacks=[NextCrops(sets["train"]), EarlyStoppingCallback(task.patience, task.min_delta),
-                   TensorBoardCallback(SummaryWriter(folder/"logs"))])
-    if trainer.pop_callback(NotebookProgressCallback): trainer.add_callback(TrainingTable())
+        callbacks=[
+            NextCrops(sets["train"]),
+            EarlyStoppingCallback(task.patience, task.min_delta),
+            TensorBoardCallback(SummaryWriter(folder / "logs")),
+        ],
+    )
+    if trainer.pop_callback(NotebookProgressCallback):
+        trainer.add_callback(TrainingTable())
     return trainer
 
 # %% ../nbs/03_train.ipynb #03-060
 def data_identity(
     task: Task,
-) -> dict[str, str]: # the path of `annotation.json`, and its SHA-256
+) -> dict[str, str]:  # the path of `annotation.json`, and its SHA-256
     "Say which data `task` reads."
     digest = hashlib.sha256(task.annotation_path.read_bytes()).hexdigest()
     return dict(annotation=str(task.annotation_path), sha256=digest)
 
+
 def check_run_data(
-    folder: Path, # of a run; one that does not say what its data were is not checked
+    folder: Path,  # of a run; one that does not say what its data were is not checked
     task: Task,
 ) -> None:
     "Raise `ValueError`, which names both, if a run was begun with other data than those of `task`."
-    begun = json.loads((folder/"config.json").read_text()).get("data")
+    begun = json.loads((folder / "config.json").read_text()).get("data")
     if task.name == "demo" or not begun:
         return
     now = data_identity(task)
@@ -336,28 +460,42 @@ def check_run_data(
         return
     was, other = (f"{d['annotation']} (SHA-256 {d['sha256'][:12]})" for d in (begun, now))
     raise ValueError(
-        f"run {folder} was made with {was}, but task {task.name!r} now reads {other}. Bring the first file back, "
-        f"or train a new run; to test this model on other data, copy {folder/'model'} and name the copy as checkpoint"
+        f"run {folder} was made with {was}, but task {task.name!r} now reads {other}. "
+        f"Bring the first file back, or train a new run; to test this model on other data, "
+        f"copy {folder / 'model'} and name the copy as checkpoint"
     )
-
 
 # %% ../nbs/03_train.ipynb #03-060a
 def run_folder(
     task: Task,
-    run: str | None = None, # name of the run; None: made from the date
-) -> Path: # exists, holds config.json
-    "Make or find the folder of an unfinished run; raises `FileExistsError` if it is finished, `ValueError` if its settings or its data differ."
+    run: str | None = None,  # name of the run; None: made from the date
+) -> Path:  # exists, holds config.json
+    """Make or find the folder of an unfinished run.
+
+    Raises `FileExistsError` if it is finished, `ValueError` if its settings or its data differ.
+    """
     names = [run or f"{date.today()}_{secrets.token_hex(2)}"]
-    broadcast_object_list(names) # all processes write to the first one's folder
-    if Path(names[0]).name != names[0] or names[0] == "..": raise ValueError(f"run {names[0]!r} must be a plain name, not a path")
-    folder = project_root()/"runs"/task.name/names[0]
-    config = folder/"config.json"
-    if (folder/"metrics.json").exists(): raise FileExistsError(f"run {folder} is finished; give another name, or none")
+    broadcast_object_list(names)  # all processes write to the first one's folder
+    if Path(names[0]).name != names[0] or names[0] == "..":
+        raise ValueError(f"run {names[0]!r} must be a plain name, not a path")
+    folder = project_root() / "runs" / task.name / names[0]
+    config = folder / "config.json"
+    if (folder / "metrics.json").exists():
+        raise FileExistsError(f"run {folder} is finished; give another name, or none")
     if config.exists():
         check_run_data(folder, task)
-        was, now = json.loads(config.read_text()), asdict(task)
-        changed = {n: (was.get(n), now[n]) for n in now if was.get(n) != now[n] and n not in ("name", "source")}
-        if changed: raise ValueError(f"run {folder} was begun with other settings (then, now): {changed}; give another name")
+        was = json.loads(config.read_text())
+        now = asdict(task)
+        changed = {
+            n: (was.get(n), now[n])
+            for n in now
+            if was.get(n) != now[n] and n not in ("name", "source")
+        }
+        if changed:
+            raise ValueError(
+                f"run {folder} was begun with other settings (then, now): {changed}; "
+                "give another name"
+            )
     elif processes().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(asdict(task) | {"data": data_identity(task)}, indent=1))
@@ -367,59 +505,110 @@ def run_folder(
 # %% ../nbs/03_train.ipynb #03-061
 def latest_run(
     task: Task,
-) -> Path: # its folder
+) -> Path:  # its folder
     "Find the newest finished run of `task`; raises `FileNotFoundError` that says how to make one."
-    runs = project_root()/"runs"/task.name
-    if not (runs/"latest").exists():
-        raise FileNotFoundError(f"no finished run in {runs}; make one: papermill nbs/03_train.ipynb out.ipynb -p task {task.address}")
-    return runs/(runs/"latest").read_text().strip()
+    runs = project_root() / "runs" / task.name
+    if not (runs / "latest").exists():
+        raise FileNotFoundError(
+            f"no finished run in {runs}; make one: "
+            f"papermill nbs/03_train.ipynb out.ipynb -p task {task.address}"
+        )
+    return runs / (runs / "latest").read_text().strip()
 
 # %% ../nbs/03_train.ipynb #03-063
 def _code_version() -> str:
     "Return the package's version and, in a checkout, the commit and whether files differ from it."
-    git = partial(subprocess.run, cwd=Path(cvt2distilgpt2.__file__).parent, capture_output=True, text=True)
-    try: commit, changed = git(["git", "rev-parse", "--short", "HEAD"]), git(["git", "status", "--porcelain", "-uno"])
-    except OSError: return cvt2distilgpt2.__version__ # no git
-    if commit.returncode: return cvt2distilgpt2.__version__ # no checkout
-    return f"{cvt2distilgpt2.__version__}+{commit.stdout.strip()}{'.changed' if changed.stdout else ''}"
+    folder = Path(cvt2distilgpt2.__file__).parent
+    git = partial(subprocess.run, cwd=folder, capture_output=True, text=True)
+    try:
+        commit = git(["git", "rev-parse", "--short", "HEAD"])
+        changed = git(["git", "status", "--porcelain", "-uno"])
+    except OSError:
+        return cvt2distilgpt2.__version__  # no git
+    if commit.returncode:
+        return cvt2distilgpt2.__version__  # no checkout
+    suffix = ".changed" if changed.stdout else ""
+    return f"{cvt2distilgpt2.__version__}+{commit.stdout.strip()}{suffix}"
+
 
 def _processor() -> str:
     "Name the processor, as Linux or else Python knows it."
-    try: return next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try:
+        return next(
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 # %% ../nbs/03_train.ipynb #03-064
 def run_facts(
     task: Task,
     studies: dict[str, list[Study]],
-) -> dict: # code, data, seed, versions, hardware
+) -> dict:  # code, data, seed, versions, hardware
     "Say with what a run is made."
-    packages = ("torch", "torchvision", "transformers", "timm", "accelerate", "tokenizers", "numpy", "pycocoevalcap")
+    packages = (
+        "torch",
+        "torchvision",
+        "transformers",
+        "timm",
+        "accelerate",
+        "tokenizers",
+        "numpy",
+        "pycocoevalcap",
+    )
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     identity = data_identity(task)
     return dict(
-        code=_code_version(), seed=task.seed, annotation=identity["annotation"],
+        code=_code_version(),
+        seed=task.seed,
+        annotation=identity["annotation"],
         data=dict(annotation_sha256=identity["sha256"], **{s: len(v) for s, v in studies.items()}),
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
-        hardware=dict(processor=_processor(), cores=os.cpu_count(), gpus=gpus, processes=processes().num_processes))
+        hardware=dict(
+            processor=_processor(),
+            cores=os.cpu_count(),
+            gpus=gpus,
+            processes=processes().num_processes,
+        ),
+    )
 
 # %% ../nbs/03_train.ipynb #03-068
-LIMITS = ["Not for clinical use: reports are generated; they can be fluent and wrong.",
-          "Scores on one data set say little about another hospital's images.",
-          "Overlap scores such as CIDEr hardly notice a wrong finding."]
+LIMITS = [
+    "Not for clinical use: reports are generated; they can be fluent and wrong.",
+    "Scores on one data set say little about another hospital's images.",
+    "Overlap scores such as CIDEr hardly notice a wrong finding.",
+]
 
-def _finish(folder: Path, task: Task, studies: dict, trainer: Seq2SeqTrainer, scores: dict, more: dict) -> None:
+
+def _finish(
+    folder: Path, task: Task, studies: dict, trainer: Seq2SeqTrainer, scores: dict, more: dict
+) -> None:
     "Save the model and its predictions, then `metrics.json`, and name the run the latest."
     facts = run_facts(task, studies) | more
-    model, best = trainer.model, trainer.state.best_global_step
-    model.save_pretrained(folder/"model", card=dict(data=f"{task.name}: {task.source}", recipe=asdict(task),
-        scores={f"{n}, validation": v for n, v in scores.items()}, limits=LIMITS, made_with=facts))
+    card = dict(
+        data=f"{task.name}: {task.source}",
+        recipe=asdict(task),
+        scores={f"{n}, validation": v for n, v in scores.items()},
+        limits=LIMITS,
+        made_with=facts,
+    )
+    trainer.model.save_pretrained(folder / "model", card=card)
     history = [h for h in trainer.state.log_history if "loss" in h or "eval_loss" in h]
-    part = folder/"metrics.json.part"
-    part.write_text(json.dumps(dict(task=task.name, run=folder.name, best_step=best, val=scores, **facts, history=history), indent=1))
-    part.replace(folder/"metrics.json")
-    (folder.parent/"latest").write_text(folder.name)
-    shutil.rmtree(folder/"checkpoints", ignore_errors=True) # the best of them is model/
+    metrics = dict(
+        task=task.name,
+        run=folder.name,
+        best_step=trainer.state.best_global_step,
+        val=scores,
+        **facts,
+        history=history,
+    )
+    part = folder / "metrics.json.part"
+    part.write_text(json.dumps(metrics, indent=1))
+    part.replace(folder / "metrics.json")
+    (folder.parent / "latest").write_text(folder.name)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the best of them is model/
 
 # %% ../nbs/03_train.ipynb #03-069
 def last_checkpoint(folder: Path) -> str | None:
@@ -430,55 +619,69 @@ def last_checkpoint(folder: Path) -> str | None:
 # %% ../nbs/03_train.ipynb #03-070
 def _begin(
     task: Task,
-    run: str | None = None,         # as `train` takes it
-    init: str | Path | None = None, # likewise
-) -> tuple[dict[str, list[Study]], Path, CvT2DistilGPT2]: # the studies, the run's folder, the model
-    "Do all of a training that a user's mistake can end; raises as `training_studies`, `run_folder` and `make_model` do."
+    run: str | None = None,  # as `train` takes it
+    init: str | Path | None = None,  # as `train` takes it
+) -> tuple[dict[str, list[Study]], Path, CvT2DistilGPT2]:  # studies, the run's folder, model
+    """Do all of a training that a user's mistake can end.
+
+    Raises as `training_studies`, `run_folder` and `make_model` do.
+    """
     _batch_plan(task, processes().num_processes)
     studies = training_studies(task)
     folder = run_folder(task, run)
     texts = references_of(studies["train"], task_labels(task, studies["train"]))
-    return studies, folder, make_model(task, [text for labels in texts for text in labels], init)
+    model = make_model(task, [text for labels in texts for text in labels], init)
+    return studies, folder, model
 
 # %% ../nbs/03_train.ipynb #03-070a
 def _complete(
     task: Task,
-    studies: dict[str, list[Study]], # as `_begin` returns them
-    folder: Path,                    # likewise
-    model: CvT2DistilGPT2,           # likewise
+    studies: dict[str, list[Study]],  # as `_begin` returns them
+    folder: Path,  # as `_begin` returns it
+    model: CvT2DistilGPT2,  # as `_begin` returns it
     init: str | Path | None = None,  # the checkpoint that the model comes from
-) -> Path: # the run's folder
+) -> Path:  # the run's folder
     "Train what was begun, from its last checkpoint on, and leave a finished run."
     began = time.time()
     label = task_labels(task, studies["train"])
     trainer = make_trainer(model, task, studies, folder)
     checkpoint = last_checkpoint(folder)
-    if task.warm_start and not checkpoint and not init: warm_start(model, task, trainer.train_dataset, studies["train"])
+    if task.warm_start and not checkpoint and not init:
+        warm_start(model, task, trainer.train_dataset, studies["train"])
     trainer.train(resume_from_checkpoint=checkpoint)
     references = references_of(studies["val"], label)
     generated = decode(model, trainer.predict(trainer.eval_dataset).predictions, len(references))
     if trainer.is_world_process_zero():
         scores = validation_scores(generated, references, studies["val"])
-        write_predictions(folder/"predictions_val.csv", studies["val"], references, generated)
-        _finish(folder, task, studies, trainer, scores, dict(init=init and str(init), seconds=round(time.time() - began)))
+        write_predictions(folder / "predictions_val.csv", studies["val"], references, generated)
+        more = dict(init=init and str(init), seconds=round(time.time() - began))
+        _finish(folder, task, studies, trainer, scores, more)
     processes().wait_for_everyone()
     return folder
 
 # %% ../nbs/03_train.ipynb #03-070b
 def train(
     task: Task,
-    run: str | None = None,         # name of the run; None: made from the date
-    init: str | Path | None = None, # start from this checkpoint
-) -> Path: # the run's folder
-    "Train `task` and leave a finished run; resumes an unfinished one of that name; raises as `_begin` does."
+    run: str | None = None,  # name of the run; None: made from the date
+    init: str | Path | None = None,  # start from this checkpoint
+) -> Path:  # the run's folder
+    "Train `task` to a finished run, or resume one of that name; raises as `_begin` does."
     return _complete(task, *_begin(task, run, init), init)
 
 # %% ../nbs/03_train.ipynb #03-080
 def main(argv: list[str] | None = None) -> Path:
-    "Train from the command line: `python -m cvt2distilgpt2.train --task NAME [--run NAME] [--init PATH] [--field value]`; torchrun needs `-m -- cvt2distilgpt2.train`."
+    """Train from the command line.
+
+    `python -m cvt2distilgpt2.train --task NAME [--run NAME] [--init PATH] [--field value]`;
+    torchrun needs `-m -- cvt2distilgpt2.train`.
+    """
     task, extra = task_arguments(argv, extra=("run", "init"))
-    try: begun = _begin(task, **extra)
-    except (OSError, TypeError, ValueError) as e: sys.exit(str(e))
+    try:
+        begun = _begin(task, **extra)
+    except (OSError, TypeError, ValueError) as e:
+        sys.exit(str(e))
     return _complete(task, *begun, init=extra["init"])
 
-if __name__ == "__main__" and "__file__" in globals(): main() # not in the notebook
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # not in the notebook

@@ -1,4 +1,5 @@
-"What all tests share: long ones run only when asked for, and real studies are used only where they are."
+"What all tests share: long ones run only when asked for, real studies where they are."
+
 import os
 from pathlib import Path
 
@@ -6,7 +7,10 @@ import pytest
 import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: programs for a GPU run in its interpreter
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before Triton is imported: programs for a GPU run in its interpreter
 
 
 def pytest_configure(config):
@@ -15,7 +19,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     "Leave out what is marked `full`, unless marks or a single test were asked for."
-    if config.option.markexpr or any("::" in arg for arg in config.args): return
+    if config.option.markexpr or any("::" in arg for arg in config.args):
+        return
     full = [i for i in items if i.get_closest_marker("full")]
     config.hook.pytest_deselected(items=full)
     items[:] = [i for i in items if i not in full]
@@ -25,5 +30,8 @@ def pytest_collection_modifyitems(config, items):
 def test_data() -> Path:
     "The folder that holds cxr_pairs/ and gpt2_bpe/; skips where it is not at hand."
     folder = os.environ.get("CVT2DISTILGPT2_TEST_DATA")
-    if not folder: pytest.skip("CVT2DISTILGPT2_TEST_DATA does not name the folder with cxr_pairs/ and gpt2_bpe/")
+    if not folder:
+        pytest.skip(
+            "CVT2DISTILGPT2_TEST_DATA does not name the folder with cxr_pairs/ and gpt2_bpe/"
+        )
     return Path(folder)

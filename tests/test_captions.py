@@ -611,6 +611,21 @@ def test_the_line_of_a_problem_is_where_its_row_begins(tmp_path):
 # splits
 
 
+def test_folders_of_images_are_the_split_of_a_table_above_them(tmp_path):
+    rows = [["file_name", "text"]]
+    for split in ("train", "validation", "test"):
+        image(tmp_path / split / "0.png")
+        rows.append([f"{split}/0.png", f"Of {split}."])
+    found = read_table(write_rows(tmp_path / "metadata.csv", rows))
+    assert {s.id: s.split for s in found.studies} == {
+        "train/0.png": "train",
+        "validation/0.png": "val",
+        "test/0.png": "test",
+    }
+    found = read_table(write_rows(tmp_path / "metadata.csv", rows[:2]))
+    assert "split by this project (80/10/10, seed 0)" in found.counts  # one folder tells no split
+
+
 def test_a_drawn_split_stays_when_rows_are_added(tmp_path):
     rows = [["image", "text", "patient"]] + [
         [image(tmp_path / f"{i}.png").name, f"Text {i}.", f"p{i // 2}"] for i in range(60)

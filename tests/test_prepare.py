@@ -337,6 +337,22 @@ def test_columns_are_said_on_the_command_line(tmp_path, monkeypatch):
         read_source(tmp_path / "t.csv", columns="picture=scan")
 
 
+def test_task_of_any_size_is_verified(tmp_path, capsys):
+    "What was prepared at another size than the task's own is whole all the same."
+    for i in range(30):
+        picture(tmp_path / f"{i}.png")
+    (tmp_path / "t.csv").write_text(
+        "image,text\n" + "".join(f"{i}.png,Clear.\n" for i in range(30))
+    )
+    task = ["--task", str(tmp_path / "mine")]
+    main([*task, "--source", str(tmp_path / "t.csv"), "--resize", "48", "--image_size", "48"])
+    main([*task, "--verify"])
+    assert "30 studies, 30 images are whole" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        main(task)
+    assert "take them as they are (resize=48, image_size=48)" in str(e.value)
+
+
 def test_list_of_records_in_json(tmp_path):
     picture(tmp_path / "0.png")
     (tmp_path / "x.json").write_text(

@@ -154,6 +154,7 @@ def test_all_kinds_of_paths(tmp_path, monkeypatch):
     "image,id,\na.png;b.png,x,\n", "id,image\nx,a.png;b.png,\n", "id;image\nx;\"['a.png', 'b.png']\"\n",
     'image\tid\n["a.png", "b.png"]\tx\n', "file_name,view,text\na.png|b.png,PA|LL,Clear.\n",
     "study,path,report,split\nx,a.png,Clear.,train\nx,b.png,Effusion.,test\n",
+    "image;image_2;\na.png;b.png\n", "id,image_paths\nx,\"['a.png', 'b.png']\"\n",
 ])
 def test_table_gives_report_the_images_that_prepare_reads(text, tmp_path):
     for name in "ab": Image.linear_gradient("L").resize((40, 40)).save(tmp_path/f"{name}.png")
@@ -173,6 +174,26 @@ def test_image_that_shows_nothing_gets_no_report(model, tmp_path):
     Image.new("L", (40, 40), 7).save(tmp_path/"blank.png")
     rows = rows_of(write_reports([tmp_path/"blank.png"], model, tmp_path/"out.csv"))
     assert "blank" in rows.error[0] and not rows.report[0]
+
+
+def test_image_of_a_task_that_shows_nothing_gets_no_report(model, tmp_path):
+    draw_images(tmp_path/"images", 1)
+    Image.new("L", (40, 40), 7).save(tmp_path/"images"/"blank.png")
+    studies = [Study(name, "Clear.", (f"{name}.png",), "test") for name in ("00000", "blank")]
+    write_annotation(studies, tmp_path/"annotation.json")
+    rows = rows_of(write_reports(tmp_path, model, tmp_path/"out.csv", num_beams=1))
+    assert rows.report[0] and not rows.error[0]
+    assert "blank.png: blank" in rows.error[1] and not rows.report[1]
+
+
+def test_captions_of_one_image_are_one_study(tmp_path):
+    (tmp_path/"Images").mkdir()
+    for name in "ab":
+        Image.linear_gradient("L").save(tmp_path/"Images"/f"{name}.png")
+    rows = [f"{name}.png,Caption {i}" for name in "ab" for i in range(5)]
+    (tmp_path/"captions.txt").write_text("\n".join(["image,caption", *rows]))
+    studies, _ = find_images(tmp_path/"captions.txt")
+    assert studies == [Images(f"{n}.png", (str(tmp_path/"Images"/f"{n}.png"),)) for n in "ab"]
 
 
 def test_dicom_files_without_a_suffix_get_a_report(tmp_path):
@@ -195,6 +216,8 @@ def test_images_behind_links_get_a_report_once(tmp_path):
     ("x,y\n1,2\n", "needed, but 'x', 'y'.*image or images.*--columns"), ("", "empty"),
     ('image,id\n"a,1\n', "t.csv:2: the row that begins here has quotes out of order"),
     ("image,id\na.png,1,2\n", "t.csv:2: 3 cells, but the header has 2"),
+    ("image,id\na.png, \nb.png,\n", "t.csv:2: has no id"), ("image,age\n,60\n", "t.csv:2: has no id, nor an image"),
+    ("image\na.png;b.png\na.png;c.png\n", "t.csv:2: a.png: is the first image of rows that differ"),
 ])
 def test_tables_that_are_none(content, said, tmp_path):
     (tmp_path/"t.csv").write_bytes(content.encode("latin-1"))

@@ -1,4 +1,5 @@
 "The task notebooks on legal data unlike the demo's: each runs to its end, or says why not."
+
 import ast
 import dis
 import os
@@ -19,8 +20,18 @@ from cvt2distilgpt2.tasks import Study, get_task, write_annotation
 from cvt2distilgpt2.train import make_model
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(model="small", resize=66, image_size=64, epochs=1, warm_start=0, val_beams=1, lr=1e-3,
-             max_length=40, batch_size=4, device_batch=4)
+SMALL = dict(
+    model="small",
+    resize=66,
+    image_size=64,
+    epochs=1,
+    warm_start=0,
+    val_beams=1,
+    lr=1e-3,
+    max_length=40,
+    batch_size=4,
+    device_batch=4,
+)
 PHRASES = ("Lungs are clear.", "The heart is enlarged.", "Small left effusion.", "No pneumothorax.")
 QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -45,14 +56,14 @@ def make_studies(splits="train " * 8 + "val " * 4 + "test " * 4, **kinds) -> lis
 
 def write_task(folder: Path, studies: list[dict], beside: bool = False) -> Path:
     "Write a task; `beside`: its pictures lie beside the annotation, not in images/."
-    images, written = folder if beside else folder/"images", []
+    images, written = folder if beside else folder / "images", []
     for study in studies:
         paths = tuple(f"{study['id']}-{view}.png" for view in range(len(study["pictures"])))
-        for path, seed in zip(paths, study["pictures"]):
-            write_picture(images/path, seed, study.get("channels", 1))
+        for path, seed in zip(paths, study["pictures"], strict=True):
+            write_picture(images / path, seed, study.get("channels", 1))
         more = {name: study[name] for name in ("reports", "findings") if name in study}
         written.append(Study(study["id"], study["report"], paths, study["split"], **more))
-    write_annotation(written, folder/"annotation.json")
+    write_annotation(written, folder / "annotation.json")
     return folder
 
 
@@ -88,7 +99,7 @@ DATA = {
 def run_notebook(name: str, out: Path, home: Path, /, more=(), **parameters):
     "Run a notebook by papermill with data and runs in `home`; `more` are options of papermill."
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", *more]
-    command += [str(ROOT/"nbs"/f"{name}.ipynb"), str(out)]
+    command += [str(ROOT / "nbs" / f"{name}.ipynb"), str(out)]
     for parameter, value in parameters.items():
         command += ["-r" if isinstance(value, str) else "-p", parameter, str(value)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -106,7 +117,7 @@ def shown(path: Path) -> str:
 
 def latest(home: Path, task: str) -> Path:
     "Return the folder of a task's newest run."
-    return home/"runs"/task/(home/"runs"/task/"latest").read_text()
+    return home / "runs" / task / (home / "runs" / task / "latest").read_text()
 
 
 def run_all(task: Path, home: Path, **parameters) -> dict[str, str]:
@@ -114,30 +125,32 @@ def run_all(task: Path, home: Path, **parameters) -> dict[str, str]:
     named, texts = dict(task=str(task)), {}
     for name in ("00d_data", "03_train", "04_results", "05_report"):
         given = named
-        if name == "00d_data": given = named | dict(resize=66, image_size=64)
-        if name == "03_train": given = named | SMALL | parameters
+        if name == "00d_data":
+            given = named | dict(resize=66, image_size=64)
+        if name == "03_train":
+            given = named | SMALL | parameters
         if name == "05_report":
             run = latest(home, task.name)
-            given = dict(paths=str(task), checkpoint=str(run), out=str(home/"reports.csv"))
-        done = run_notebook(name, home/f"{name}.ipynb", home, **given)
+            given = dict(paths=str(task), checkpoint=str(run), out=str(home / "reports.csv"))
+        done = run_notebook(name, home / f"{name}.ipynb", home, **given)
         assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
-        texts[name] = shown(home/f"{name}.ipynb")
+        texts[name] = shown(home / f"{name}.ipynb")
     return texts
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", DATA)
 def test_notebooks_run_on_legal_data(name, tmp_path):
-    task = write_task(tmp_path/"task", DATA[name])
+    task = write_task(tmp_path / "task", DATA[name])
     run_all(task, tmp_path)
-    table = latest(tmp_path, "task")/"predictions_test.csv"
+    table = latest(tmp_path, "task") / "predictions_test.csv"
     tested = pd.read_csv(table, dtype=str, keep_default_na=False)
     assert tested.id.tolist() == [s["id"] for s in DATA[name] if s["split"] == "test"]
 
 
 @pytest.mark.full
 def test_pictures_may_lie_beside_the_annotation(tmp_path):
-    task = write_task(tmp_path/"beside", DATA["three channels"], beside=True)
+    task = write_task(tmp_path / "beside", DATA["three channels"], beside=True)
     assert "16" in run_all(task, tmp_path)["00d_data"]
 
 
@@ -145,7 +158,7 @@ def test_pictures_may_lie_beside_the_annotation(tmp_path):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_may_be_asked_for(precision, tmp_path):
     "On a CPU training and tests are in fp32 all the same."
-    run_all(write_task(tmp_path/"task", DATA["one study a split"]), tmp_path, precision=precision)
+    run_all(write_task(tmp_path / "task", DATA["one study a split"]), tmp_path, precision=precision)
 
 
 @pytest.mark.full
@@ -154,11 +167,11 @@ def test_half_precision_may_be_asked_for(precision, tmp_path):
 def test_half_precision_checkpoint(kind, name, checkpoint, tmp_path):
     "A model that was saved in half precision computes in it, on a CPU too."
     saved = CvT2DistilGPT2.from_pretrained(checkpoint).to(getattr(torch, kind))
-    saved.save_pretrained(tmp_path/"half")
-    task = write_task(tmp_path/"task", DATA["duplicates"])
-    given = dict(checkpoint=str(tmp_path/"half"), max_length=24)
+    saved.save_pretrained(tmp_path / "half")
+    task = write_task(tmp_path / "task", DATA["duplicates"])
+    given = dict(checkpoint=str(tmp_path / "half"), max_length=24)
     given |= dict(task=str(task)) if name == "04_results" else dict(paths=str(task))
-    done = run_notebook(name, tmp_path/"out.ipynb", tmp_path, **given)
+    done = run_notebook(name, tmp_path / "out.ipynb", tmp_path, **given)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -166,7 +179,7 @@ def test_half_precision_checkpoint(kind, name, checkpoint, tmp_path):
 def test_benchmark_in_half_precision_on_the_cpu(tmp_path):
     quick = dict(model="demo", device="cpu", new_tokens=8, images=4, repeats=1)
     command = ["-y", "dtypes: [float16, bfloat16]", "-y", "batch_sizes: [1, 3]"]
-    done = run_notebook("06_benchmark", tmp_path/"out.ipynb", tmp_path, more=command, **quick)
+    done = run_notebook("06_benchmark", tmp_path / "out.ipynb", tmp_path, more=command, **quick)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -174,7 +187,7 @@ def test_benchmark_in_half_precision_on_the_cpu(tmp_path):
 def test_loading_of_small_images_without_workers(tmp_path):
     quick = dict(images=3, width=300, height=280, seconds=0.2, memory_workers=0)
     command = ["-y", "workers: [0]"]
-    done = run_notebook("06a_loading", tmp_path/"out.ipynb", tmp_path, more=command, **quick)
+    done = run_notebook("06a_loading", tmp_path / "out.ipynb", tmp_path, more=command, **quick)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -182,7 +195,7 @@ def test_loading_of_small_images_without_workers(tmp_path):
 def checkpoint(tmp_path_factory) -> Path:
     "A small model with random weights, as a saved one."
     task = get_task(str(tmp_path_factory.mktemp("none")), **SMALL)
-    folder = tmp_path_factory.mktemp("saved")/"model"
+    folder = tmp_path_factory.mktemp("saved") / "model"
     make_model(task, list(PHRASES)).save_pretrained(folder)
     return folder
 
@@ -191,39 +204,39 @@ def checkpoint(tmp_path_factory) -> Path:
 def test_demo_of_three_training_studies(tmp_path):
     "Fewer than a batch: its encoder is warmed up by a smaller one."
     given = dict(n_train=3, n_val=2, n_test=2, warm_start=1, epochs=1)
-    done = run_notebook("03_train", tmp_path/"out.ipynb", tmp_path, **given)
+    done = run_notebook("03_train", tmp_path / "out.ipynb", tmp_path, **given)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_exploring_without_training_studies_or_augmentation(tmp_path):
     "What there is takes their place, and a sentence says so; a whole crop moves nothing."
-    task = write_task(tmp_path/"task", make_studies("test test test"))
+    task = write_task(tmp_path / "task", make_studies("test test test"))
     still = dict(resize=40, image_size=40, rotation=0.0)
     given = dict(task=str(task), profile="chen", style="iu_x_ray", **still)
-    done = run_notebook("00d_data", tmp_path/"out.ipynb", tmp_path, **given)
+    done = run_notebook("00d_data", tmp_path / "out.ipynb", tmp_path, **given)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "This task has no training studies" in shown(tmp_path/"out.ipynb")
+    assert "This task has no training studies" in shown(tmp_path / "out.ipynb")
 
 
 def test_training_with_reports_longer_than_max_length(tmp_path):
-    task = write_task(tmp_path/"task", DATA["short and long reports"])
+    task = write_task(tmp_path / "task", DATA["short and long reports"])
     given = dict(task=str(task), n_train=3, **SMALL)
-    done = run_notebook("03_train", tmp_path/"out.ipynb", tmp_path, **given)
+    done = run_notebook("03_train", tmp_path / "out.ipynb", tmp_path, **given)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_training_without_training_studies_is_refused_in_words(tmp_path):
-    task = write_task(tmp_path/"task", make_studies("test test"))
-    done = run_notebook("03_train", tmp_path/"out.ipynb", tmp_path, task=str(task), **SMALL)
+    task = write_task(tmp_path / "task", make_studies("test test"))
+    done = run_notebook("03_train", tmp_path / "out.ipynb", tmp_path, task=str(task), **SMALL)
     assert done.returncode != 0 and "has no studies for train and val" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["duplicates", "only a test split"])
 def test_results_of_a_checkpoint(kind, checkpoint, tmp_path):
     studies = DATA.get(kind) or make_studies("test test test")
-    task = write_task(tmp_path/"task", studies)
+    task = write_task(tmp_path / "task", studies)
     given = dict(task=str(task), checkpoint=str(checkpoint), max_length=8, beams=1)
-    done = run_notebook("04_results", tmp_path/"out.ipynb", tmp_path, **given)
+    done = run_notebook("04_results", tmp_path / "out.ipynb", tmp_path, **given)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -237,16 +250,18 @@ def names_set(cell: str) -> set[str]:
 
 @pytest.mark.parametrize("name", ["00d_data", "03_train", "04_results", "05_report"])
 def test_no_notebook_writes_over_its_parameters(name):
-    notebook = nbformat.read(ROOT/"nbs"/f"{name}.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
     cells = [c for c in notebook.cells if c.cell_type == "code"]
     place = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", ()))
-    later = set().union(*(names_set(c.source) for c in cells[place + 1:]))
+    later = set().union(*(names_set(c.source) for c in cells[place + 1 :]))
     assert names_set(cells[place].source) & later == set()
 
 
 PARAMETERS = 'task:str = "demo"\nepochs:int = None\nrun:str = None'
-CALL = "from cvt2distilgpt2.tasks import notebook_parameters, task_parameters\n" \
-       "settings = task_parameters(globals(), extra=('run',))\nsettings.epochs"
+CALL = (
+    "from cvt2distilgpt2.tasks import notebook_parameters, task_parameters\n"
+    "settings = task_parameters(globals(), extra=('run',))\nsettings.epochs"
+)
 VARIABLES = "studies, state, epoch = {'train': []}, 1, 5"
 
 
@@ -271,12 +286,13 @@ def test_run_all_again_and_again():
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["00d_data", "03_train", "04_results", "05_report"])
 def test_task_notebook_runs_twice_in_one_kernel(name, checkpoint, tmp_path, monkeypatch):
-    task = write_task(tmp_path/"task", DATA["duplicates"])
+    task = write_task(tmp_path / "task", DATA["duplicates"])
     own = {"00d_data": dict(resize=66, image_size=64), "03_train": SMALL}
     quick = dict(checkpoint=str(checkpoint), max_length=8, beams=1)
     given = dict(task=str(task)) | own.get(name, quick)
-    if name == "05_report": given["paths"] = given.pop("task")
-    notebook = nbformat.read(ROOT/"nbs"/f"{name}.ipynb", as_version=4)
+    if name == "05_report":
+        given["paths"] = given.pop("task")
+    notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
     cells = [c for c in notebook.cells if c.cell_type == "code"]
     place = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", ()))
     text = "\n".join(f"{parameter} = {value!r}" for parameter, value in given.items())
