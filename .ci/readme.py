@@ -1,5 +1,6 @@
 "Write README.md from nbs/index.ipynb, pictures beside the notebook; --check: only compare."
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ exporter = MarkdownExporter(config=settings)
 notebook = nbformat.read(root / "nbs" / "index.ipynb", as_version=4)
 notebook.metadata.language_info = {"name": "python"}  # nbdev_clean drops it
 text, resources = exporter.from_notebook_node(notebook)
+text = re.sub(r"\]\((\w+\.(?:svg|ipynb))\)", r"](nbs/\1)", text)  # beside the notebook
 files = {root / "README.md": text.strip().encode() + b"\n"} | {
     root / name: data for name, data in resources["outputs"].items()
 }
