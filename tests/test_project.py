@@ -185,3 +185,8 @@ def test_workflow_runs_the_readme_command_on_the_versions_it_names():
     low, high = map(int, re.search(r"Python 3\.(\d+) to 3\.(\d+)", readme).groups())
     assert re.findall(r'"3\.(\d+)"', workflow) == [str(minor) for minor in range(low, high + 1)]
     assert settings["min_python"] == f"3.{low}"
+
+
+def test_readme_says_how_to_do_without_cuda_before_the_first_command():
+    text = (root / "README.md").read_text()
+    assert 0 < text.index("pytorch.org/get-started") < text.index("pip install")
