@@ -141,7 +141,7 @@ def run_all(task: Path, home: Path, **parameters) -> dict[str, str]:
 @pytest.mark.full
 @pytest.mark.parametrize("name", DATA)
 def test_notebooks_run_on_legal_data(name, tmp_path):
-    task = write_task(tmp_path / "task", DATA[name])
+    task = write_task(tmp_path / "data" / "task", DATA[name])
     run_all(task, tmp_path)
     table = latest(tmp_path, "task") / "predictions_test.csv"
     tested = pd.read_csv(table, dtype=str, keep_default_na=False)
@@ -150,7 +150,7 @@ def test_notebooks_run_on_legal_data(name, tmp_path):
 
 @pytest.mark.full
 def test_pictures_may_lie_beside_the_annotation(tmp_path):
-    task = write_task(tmp_path / "beside", DATA["three channels"], beside=True)
+    task = write_task(tmp_path / "data" / "beside", DATA["three channels"], beside=True)
     assert "16" in run_all(task, tmp_path)["00d_data"]
 
 
@@ -158,7 +158,11 @@ def test_pictures_may_lie_beside_the_annotation(tmp_path):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_may_be_asked_for(precision, tmp_path):
     "On a CPU training and tests are in fp32 all the same."
-    run_all(write_task(tmp_path / "task", DATA["one study a split"]), tmp_path, precision=precision)
+    run_all(
+        write_task(tmp_path / "data" / "task", DATA["one study a split"]),
+        tmp_path,
+        precision=precision,
+    )
 
 
 @pytest.mark.full
@@ -168,7 +172,7 @@ def test_half_precision_checkpoint(kind, name, checkpoint, tmp_path):
     "A model that was saved in half precision computes in it, on a CPU too."
     saved = CvT2DistilGPT2.from_pretrained(checkpoint).to(getattr(torch, kind))
     saved.save_pretrained(tmp_path / "half")
-    task = write_task(tmp_path / "task", DATA["duplicates"])
+    task = write_task(tmp_path / "data" / "task", DATA["duplicates"])
     given = dict(checkpoint=str(tmp_path / "half"), max_length=24)
     given |= dict(task=str(task)) if name == "04_results" else dict(paths=str(task))
     done = run_notebook(name, tmp_path / "out.ipynb", tmp_path, **given)
@@ -210,7 +214,7 @@ def test_demo_of_three_training_studies(tmp_path):
 
 def test_exploring_without_training_studies_or_augmentation(tmp_path):
     "What there is takes their place, and a sentence says so; a whole crop moves nothing."
-    task = write_task(tmp_path / "task", make_studies("test test test"))
+    task = write_task(tmp_path / "data" / "task", make_studies("test test test"))
     still = dict(resize=40, image_size=40, rotation=0.0)
     given = dict(task=str(task), profile="chen", style="iu_x_ray", **still)
     done = run_notebook("00d_data", tmp_path / "out.ipynb", tmp_path, **given)
@@ -219,14 +223,14 @@ def test_exploring_without_training_studies_or_augmentation(tmp_path):
 
 
 def test_training_with_reports_longer_than_max_length(tmp_path):
-    task = write_task(tmp_path / "task", DATA["short and long reports"])
+    task = write_task(tmp_path / "data" / "task", DATA["short and long reports"])
     given = dict(task=str(task), n_train=3, **SMALL)
     done = run_notebook("03_train", tmp_path / "out.ipynb", tmp_path, **given)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_training_without_training_studies_is_refused_in_words(tmp_path):
-    task = write_task(tmp_path / "task", make_studies("test test"))
+    task = write_task(tmp_path / "data" / "task", make_studies("test test"))
     done = run_notebook("03_train", tmp_path / "out.ipynb", tmp_path, task=str(task), **SMALL)
     assert done.returncode != 0 and "has no studies for train and val" in done.stderr
 
@@ -234,7 +238,7 @@ def test_training_without_training_studies_is_refused_in_words(tmp_path):
 @pytest.mark.parametrize("kind", ["duplicates", "only a test split"])
 def test_results_of_a_checkpoint(kind, checkpoint, tmp_path):
     studies = DATA.get(kind) or make_studies("test test test")
-    task = write_task(tmp_path / "task", studies)
+    task = write_task(tmp_path / "data" / "task", studies)
     given = dict(task=str(task), checkpoint=str(checkpoint), max_length=8, beams=1)
     done = run_notebook("04_results", tmp_path / "out.ipynb", tmp_path, **given)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -286,7 +290,7 @@ def test_run_all_again_and_again():
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["00d_data", "03_train", "04_results", "05_report"])
 def test_task_notebook_runs_twice_in_one_kernel(name, checkpoint, tmp_path, monkeypatch):
-    task = write_task(tmp_path / "task", DATA["duplicates"])
+    task = write_task(tmp_path / "data" / "task", DATA["duplicates"])
     own = {"00d_data": dict(resize=66, image_size=64), "03_train": SMALL}
     quick = dict(checkpoint=str(checkpoint), max_length=8, beams=1)
     given = dict(task=str(task)) | own.get(name, quick)
